@@ -1,0 +1,46 @@
+"""vit-linearizer: turn a pretrained Vision Transformer into a linear-time backbone, from a folder of unlabelled images.
+
+Importing this registers the students with timm. Every command of the command line is a function here, with its
+configuration dataclass: ``distill(DistillConfig(...))``.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from . import models as models
+from .contracts import UserError
+from .models.loading import load
+
+if TYPE_CHECKING:
+    from .commands.distill import DistillConfig, distill
+    from .commands.doctor import DoctorConfig, doctor
+    from .commands.quickstart import QuickstartConfig, quickstart
+
+__version__ = "0.1.0"
+
+#: Where the commands live; they are imported on first use, since training brings a good deal along.
+_COMMANDS = {
+    "DistillConfig": "distill",
+    "DoctorConfig": "doctor",
+    "QuickstartConfig": "quickstart",
+    "distill": "distill",
+    "doctor": "doctor",
+    "quickstart": "quickstart",
+}
+
+__all__ = [
+    "DistillConfig",
+    "DoctorConfig",
+    "QuickstartConfig",
+    "UserError",
+    "distill",
+    "doctor",
+    "load",
+    "quickstart",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _COMMANDS:
+        return getattr(importlib.import_module(f".commands.{_COMMANDS[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,58 @@
+"""The command line: one subcommand per function of the package, flags from its configuration dataclass."""
+
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any
+
+import tyro
+from rich.logging import RichHandler
+
+from .commands.distill import DistillConfig, distill
+from .commands.doctor import DoctorConfig, doctor
+from .commands.quickstart import QuickstartConfig, quickstart
+from .contracts import UserError
+from .training.progress import console
+
+COMMANDS: dict[type, Callable[[Any], Any]] = {
+    DistillConfig: distill,
+    QuickstartConfig: quickstart,
+    DoctorConfig: doctor,
+}
+
+_Command = (
+    Annotated[DistillConfig, tyro.conf.subcommand("distill")]
+    | Annotated[QuickstartConfig, tyro.conf.subcommand("quickstart")]
+    | Annotated[DoctorConfig, tyro.conf.subcommand("doctor")]
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0, 2 for an error the user can mend, 130 when stopped."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    logging.captureWarnings(True)
+    logger = logging.getLogger("vit_linearizer")
+    if not logger.handlers:
+        logger.addHandler(RichHandler(console=console, show_time=False, show_level=False, show_path=False))
+    logger.setLevel(logging.INFO)
+    try:
+        config = tyro.cli(
+            _Command,  # type: ignore[arg-type]  # a union of dataclasses, tyro's way to say subcommands
+            prog="vit-linearizer",
+            description="Turn a pretrained Vision Transformer into a linear-time backbone.",
+            args=arguments,
+            config=(tyro.conf.ConsolidateSubcommandArgs,),
+        )
+        COMMANDS[type(config)](config)
+    except UserError as error:
+        if "--debug" in arguments:
+            raise
+        print(f"vit-linearizer: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""One short file per command; each is also a Python function with a configuration dataclass."""

@@ -1,0 +1,247 @@
+"""``distill``: a teacher and a folder of unlabelled images in, a linear-time student out."""
+
+import dataclasses
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+
+from ..contracts import UserError
+from ..data.datasets import SkippedList, split_held_out
+from ..data.sources import ImageSource, open_source
+from ..data.views import Augmentation, MaskConfig
+from ..models.adapters import check_plain, nominal_size, patch_grid
+from ..models.loading import create_backbone
+from ..models.teacher import agreeing_size, load_teacher
+from ..objectives import MatchedTokens, Masking, Target, masked_count
+from ..recipes import DistillationRecipe, find_recipe
+from ..tasks import Distillation
+from ..training.config import RuntimeConfig
+from ..training.data import prepare_data
+from ..training.loop import choose_workers, fit_batch, make_accelerator, total_steps, train
+from ..training.run_folder import RunFolder
+from .arguments import parse_model_args, parse_size
+
+logger = logging.getLogger("vit_linearizer")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillConfig(RuntimeConfig):
+    """Distil a Vision Transformer into a linear-time student, from images without labels.
+
+    Attributes:
+        teacher: timm name, hf-hub:OWNER/NAME, local-dir:FOLDER, a run folder, or a weight file (with --teacher-arch).
+        student: timm name, e.g. adventurer_base_patch16_224, or a run folder to go on from.
+        data: folder of images, searched recursively, or builtin:digits.
+        out: folder that the run leaves its results in.
+        recipe: linearizer (the paper), regression (the baseline), digits or smoke.
+        teacher_arch: timm name of the architecture, when the teacher is a weight file.
+        teacher_pretrained: load the teacher's pretrained weights.
+        student_args: arguments of the student's architecture, as name=value (e.g. depth=4 flip=released).
+        image_size: what the student sees, 224 or HEIGHTxWIDTH; by default the student's nominal size.
+        teacher_image_size: what the teacher sees; by default the size at which the patch grids agree.
+        epochs: passes over the images.
+        batch_size: global, over all processes and accumulation steps; at most the number of images.
+        learning_rate: peak; by default the recipe's, scaled by the square root of the batch size over the recipe's.
+        minimum_learning_rate: at both ends of the schedule.
+        weight_decay: of AdamW.
+        warmup_epochs: linear warm-up, at most a tenth of the run.
+        clip_norm: largest gradient norm.
+        drop_path: of the student's last block.
+        augmentation: three (ThreeAugment), crop or none.
+        smallest_crop: smallest share of a picture that a crop keeps.
+        horizontal_flip: probability of mirroring.
+        repeats: repeated augmentation.
+        stages: number of stages whose activation maps are matched.
+        mask_ratio: share of patches hidden from the student.
+        masking: token-wise or block-wise masks.
+        activation_matching_weight: factor on the activation-matching loss.
+        activation_matching_tokens: tokens that enter the activation maps.
+        masked_prediction_weight: factor on the masked-prediction loss.
+        masked_prediction_target: LayerNorm of the teacher's last block, or as it is.
+        feature_regression_weight: factor on plain regression of the final tokens.
+        feature_regression_target: as for masked prediction.
+        dry_run: print models, shapes, images, memory and steps, and stop.
+        debug: show the traceback of an error.
+    """
+
+    teacher: str
+    student: str
+    data: str
+    out: str
+    recipe: str = "linearizer"
+    teacher_arch: str | None = None
+    teacher_pretrained: bool = True
+    student_args: tuple[str, ...] = ()
+    image_size: str | None = None
+    teacher_image_size: str | None = None
+    epochs: int | None = None
+    batch_size: int | None = None
+    learning_rate: float | None = None
+    minimum_learning_rate: float | None = None
+    weight_decay: float | None = None
+    warmup_epochs: float | None = None
+    clip_norm: float | None = None
+    drop_path: float | None = None
+    augmentation: Augmentation | None = None
+    smallest_crop: float | None = None
+    horizontal_flip: float | None = None
+    repeats: int | None = None
+    stages: int | None = None
+    mask_ratio: float | None = None
+    masking: Masking | None = None
+    activation_matching_weight: float | None = None
+    activation_matching_tokens: MatchedTokens | None = None
+    masked_prediction_weight: float | None = None
+    masked_prediction_target: Target | None = None
+    feature_regression_weight: float | None = None
+    feature_regression_target: Target | None = None
+    dry_run: bool = False
+    debug: bool = False
+
+
+def resolve_recipe(config: DistillConfig) -> DistillationRecipe:
+    """The recipe that a configuration names, with the values its flags override."""
+    recipe = find_recipe(config.recipe, config.student)
+    names = set(recipe.flat()) & {field.name for field in dataclasses.fields(config)}
+    return recipe.override(**{name: getattr(config, name) for name in names})
+
+
+def distill(config: DistillConfig) -> Path:
+    """Distil a teacher into a student; see `DistillConfig`.
+
+    Returns:
+        The run folder. Its ``model/`` holds the student with the lowest held-out loss, in timm's folder format.
+
+    Raises:
+        UserError: anything in the configuration that cannot work; found before the training starts.
+    """
+    recipe = resolve_recipe(config)
+    student_args = {"drop_path_rate": recipe.drop_path, **parse_model_args("--student-args", config.student_args)}
+    probe = create_backbone(config.student, field="--student", num_classes=0, device="meta", **student_args)
+    check_plain(probe, config.student)
+    image_size = parse_size("--image-size", config.image_size) or nominal_size(probe)
+    grid = patch_grid(probe, image_size)
+    teacher_size = agreeing_size(
+        config.teacher,
+        student_grid=grid,
+        architecture=config.teacher_arch,
+        image_size=parse_size("--teacher-image-size", config.teacher_image_size),
+    )
+    source = open_source(config.data)
+    train_numbers, held_out_numbers = split_held_out(len(source), config.seed)
+
+    accelerator = make_accelerator(config)
+    parts = accelerator.num_processes * config.gradient_accumulation
+    batch_size = fit_batch(recipe.optimisation.batch_size, len(train_numbers), parts)
+    if batch_size != recipe.optimisation.batch_size:
+        logger.info("batch size %d -> %d: there are %d training images", recipe.optimisation.batch_size, batch_size,
+                    len(train_numbers))  # fmt: skip
+        optimisation = dataclasses.replace(recipe.optimisation, batch_size=batch_size)
+        given = config.learning_rate is not None
+        recipe = dataclasses.replace(recipe, optimisation=optimisation) if given else recipe.at_batch_size(batch_size)
+
+    resolved = {
+        "command": "distill",
+        "teacher": config.teacher,
+        "teacher_arch": config.teacher_arch,
+        "teacher_pretrained": config.teacher_pretrained,
+        "student": config.student,
+        "student_args": list(config.student_args),
+        "data": config.data if config.data.startswith("builtin:") else str(Path(config.data).resolve()),
+        "images": len(source),
+        "recipe": config.recipe,
+        "image_size": list(image_size),
+        "teacher_image_size": list(teacher_size),
+        **recipe.flat(),
+        **{field.name: getattr(config, field.name) for field in dataclasses.fields(RuntimeConfig)},
+    }
+    run = RunFolder(config.out, resolved)
+    teacher = load_teacher(
+        config.teacher, image_size=teacher_size, architecture=config.teacher_arch, pretrained=config.teacher_pretrained
+    )
+    torch.manual_seed(config.seed)
+    student_args["img_size"] = image_size
+    student = create_backbone(config.student, field="--student", num_classes=0, **student_args)
+    student._model_args.pop("drop_path_rate", None)  # type: ignore[union-attr, operator]  # a matter of this training
+    task = Distillation(student, teacher, recipe.objectives)
+    if config.dry_run:
+        _describe(task, recipe, source, image_size, len(train_numbers), batch_size // parts)
+        return run.path
+
+    run.prepare(resume=config.resume, writes=accelerator.is_main_process)
+    skipped = SkippedList(run.skipped)
+    if accelerator.is_main_process:
+        for name, reason in source.skipped:
+            skipped.add(name, reason)
+    mask = None
+    if recipe.objectives.mask_ratio > 0:
+        mask = MaskConfig(grid=grid, ratio=recipe.objectives.mask_ratio, masking=recipe.objectives.masking)
+    data = prepare_data(
+        source,
+        train_numbers,
+        held_out_numbers,
+        image_size=image_size,
+        views=recipe.views,
+        mask=mask,
+        seed=config.seed,
+        batch_size=batch_size // parts,
+        num_workers=choose_workers(config, accelerator.device),
+        skipped=skipped,
+    )
+    with run.logging_to_file():
+        logger.info("%s -> %s on %d images (%d held out, %d skipped), %s", config.teacher, config.student,
+                    len(train_numbers), len(held_out_numbers), len(source.skipped), accelerator.device)  # fmt: skip
+        train(task, data, recipe.optimisation, config, run, accelerator, title="distilling")
+        logger.info("student: %s", run.model)
+    return run.path
+
+
+def _describe(
+    task: Distillation,
+    recipe: DistillationRecipe,
+    source: ImageSource,
+    image_size: tuple[int, int],
+    images: int,
+    per_process: int,
+) -> None:
+    """What ``--dry-run`` prints."""
+    grid, tokens = task.teacher.grid, task.teacher.grid[0] * task.teacher.grid[1]
+    parameters = {"student": _count(task.student), "teacher": _count(task.teacher.model), "trained": _count(task)}
+    hidden = masked_count(tokens, recipe.objectives.mask_ratio)
+    activations = _activation_bytes(task, image_size, hidden)
+    weights = 4 * (4 * parameters["trained"] + parameters["teacher"])  # weights, gradients, two moments; fp32
+    optimisation = recipe.optimisation
+    logger.info("student  %.1f M parameters, image %dx%d, %d x %d patches", parameters["student"] / 1e6, *image_size, *grid)
+    logger.info("teacher  %.1f M parameters, image %dx%d", parameters["teacher"] / 1e6, *task.teacher.image_size)
+    logger.info("tokens   %d patches, %d hidden from the student", tokens, hidden)
+    logger.info("images   %d found, %d skipped, %d to train on", len(source), len(source.skipped), images)
+    logger.info("steps    %d epochs, %d steps of %d images, learning rate %.3g", optimisation.epochs,
+                total_steps(optimisation, images), optimisation.batch_size, optimisation.learning_rate)  # fmt: skip
+    logger.info("memory   about %.1f GiB a process in fp32 (%.1f weights and optimiser, %.2f for each of %d images)",
+                (weights + per_process * activations) / 2**30, weights / 2**30, activations / 2**30, per_process)  # fmt: skip
+
+
+def _activation_bytes(task: Distillation, image_size: tuple[int, int], hidden: int) -> int:
+    """What autograd keeps for one image, counted on a real forward pass."""
+    kept: dict[int, int] = {}
+
+    def count(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    own = {parameter.untyped_storage().data_ptr() for parameter in task.parameters()}
+    batch = {"images": torch.rand(1, 3, *image_size)}
+    if hidden:
+        batch["mask"] = (torch.arange(task.teacher.grid[0] * task.teacher.grid[1]) < hidden)[None]
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        task(batch)
+    return sum(size for pointer, size in kept.items() if pointer not in own)
+
+
+def _count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+

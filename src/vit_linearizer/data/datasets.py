@@ -1,0 +1,136 @@
+"""Pictures as batches: the training set by draws, the held-out part by numbers, and the loaders over them.
+
+Unreadable files met on the way are replaced by the next readable one (the same one in every process) and listed.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from ..contracts import UserError
+from ..objectives import sample_mask
+from .images import UnreadableImage
+from .sampler import Draw, StepSampler
+from .sources import ImageSource
+from .views import MaskConfig, TrainingView, centre_transform
+
+#: The held-out part: a twentieth of the pictures, no more than this.
+_HELD_OUT_SHARE, _HELD_OUT_MOST = 0.05, 512
+
+
+def split_held_out(images: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers of the pictures to train on and of those held out; a single picture has to serve as both."""
+    if images == 1:
+        return np.zeros(1, dtype=int), np.zeros(1, dtype=int)
+    order = np.random.default_rng([seed, images]).permutation(images)
+    count = min(_HELD_OUT_MOST, max(1, round(_HELD_OUT_SHARE * images)))
+    return np.sort(order[count:]), np.sort(order[:count])
+
+
+class SkippedList:
+    """``skipped.txt``: one line per file passed over, name and reason, appended by whoever meets it."""
+
+    def __init__(self, path: Path | None):
+        self.path = path
+        self._known: set[str] = set()
+
+    def add(self, name: str, reason: str) -> None:
+        """Append a line, unless this process already did."""
+        if self.path is not None and name not in self._known:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(f"{name}\t{reason}\n")
+        self._known.add(name)
+
+    def tidy(self) -> list[str]:
+        """Sort the file, drop what several workers wrote twice, and return its lines."""
+        if self.path is None or not self.path.exists():
+            return []
+        lines = sorted(set(self.path.read_text(encoding="utf-8").splitlines()))
+        self.path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        return lines
+
+
+def _read_or_next(source: ImageSource, numbers: np.ndarray, place: int, skipped: SkippedList) -> tuple[Any, int]:
+    for offset in range(len(numbers)):
+        index = int(numbers[(place + offset) % len(numbers)])
+        try:
+            return source.read(index), index
+        except UnreadableImage as problem:
+            skipped.add(source.name(index), str(problem))
+    raise UserError("--data", source.name(int(numbers[place])), "none of the images can be read; see skipped.txt")
+
+
+class TrainingSet(Dataset[dict[str, Tensor]]):
+    """Views by `Draw`, whose index counts within ``numbers``."""
+
+    def __init__(self, source: ImageSource, numbers: np.ndarray, view: TrainingView, skipped: SkippedList):
+        self.source, self.numbers, self.view, self.skipped = source, numbers, view, skipped
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, draw: Draw) -> dict[str, Tensor]:  # type: ignore[override]  # the sampler gives draws
+        image, index = _read_or_next(self.source, self.numbers, draw.index, self.skipped)
+        item = self.view(image, draw)
+        if self.source.labels is not None:
+            item["labels"] = torch.tensor(self.source.labels[index])
+        return item
+
+
+class CentreSet(Dataset[dict[str, Tensor]]):
+    """Centre views by number, with a fixed mask each when asked: what evaluations read."""
+
+    def __init__(
+        self,
+        source: ImageSource,
+        numbers: Sequence[int] | np.ndarray,
+        image_size: tuple[int, int],
+        *,
+        mask: MaskConfig | None = None,
+        skipped: SkippedList | None = None,
+    ):
+        self.source, self.numbers, self.mask = source, np.asarray(numbers), mask
+        self.transform = centre_transform(image_size)
+        self.skipped = skipped or SkippedList(None)
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, place: int) -> dict[str, Tensor]:
+        image, index = _read_or_next(self.source, self.numbers, place, self.skipped)
+        item = {"images": self.transform(image)}
+        if self.mask is not None:
+            rng = np.random.default_rng([index, 2])
+            item["mask"] = torch.from_numpy(sample_mask(self.mask.grid, self.mask.ratio, self.mask.masking, rng))
+        if self.source.labels is not None:
+            item["labels"] = torch.tensor(self.source.labels[index])
+        return item
+
+
+def training_loader(dataset: TrainingSet, sampler: StepSampler, *, num_workers: int, pin_memory: bool) -> DataLoader:
+    """Batches of this process in step order; images are uint8 ``[B, 3, H, W]``."""
+    return DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        persistent_workers=num_workers > 0,
+        prefetch_factor=4 if num_workers else None,
+    )
+
+
+def centre_loader(dataset: CentreSet, *, batch_size: int, num_workers: int = 0) -> DataLoader:
+    """All pictures once, in order."""
+    return DataLoader(dataset, batch_size=batch_size, num_workers=num_workers)
+
+
+def to_device(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """Move a batch, turning uint8 images into float images in [0, 1]."""
+    moved = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
+    moved["images"] = moved["images"].float() / 255
+    return moved

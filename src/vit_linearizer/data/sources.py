@@ -1,0 +1,104 @@
+"""Where pictures come from: a folder of files, or the handwritten digits that ship with scikit-learn."""
+
+import os
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from PIL import Image
+
+from ..contracts import UserError, did_you_mean
+from .images import read_image, scan_folder
+
+BUILTIN = ("builtin:digits", "builtin:digits-train", "builtin:digits-test")
+
+#: Digits of `builtin:digits-test` are every image whose shuffled place is in the first fifth of its class.
+_DIGITS_TEST_SHARE = 0.2
+_DIGITS_SPLIT_SEED = 0
+
+
+class ImageSource(Protocol):
+    """Pictures by number.
+
+    Attributes:
+        labels: ``[len]`` class numbers, or None when there are none.
+        skipped: (name, reason) of files passed over when the source was opened.
+    """
+
+    labels: np.ndarray | None
+    skipped: list[tuple[str, str]]
+
+    def __len__(self) -> int: ...
+
+    def name(self, index: int) -> str:
+        """What to call a picture in lists and messages."""
+        ...
+
+    def read(self, index: int) -> Image.Image:
+        """The picture as 8-bit RGB; raises UnreadableImage."""
+        ...
+
+
+class FolderSource:
+    """A folder of images, searched recursively, without labels."""
+
+    def __init__(self, folder: str | os.PathLike[str]):
+        self.folder = Path(folder)
+        self.paths, skipped = scan_folder(self.folder)
+        self.skipped = [(path.as_posix(), reason) for path, reason in skipped]
+        self.labels: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def name(self, index: int) -> str:
+        return self.paths[index].as_posix()
+
+    def read(self, index: int) -> Image.Image:
+        return read_image(self.folder / self.paths[index])
+
+
+class DigitsSource:
+    """The 1797 handwritten digits (8x8 pixels) of scikit-learn, as RGB pictures of 32x32 pixels.
+
+    Args:
+        split: ``train``, ``test`` (a fixed, class-balanced fifth) or None for all.
+    """
+
+    def __init__(self, split: str | None = None):
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
+
+        digits = load_digits()
+        chosen = np.arange(len(digits.target))
+        if split is not None:
+            train, test = train_test_split(
+                chosen, test_size=_DIGITS_TEST_SHARE, stratify=digits.target, random_state=_DIGITS_SPLIT_SEED
+            )
+            chosen = np.sort(train if split == "train" else test)
+        self.pixels = np.rint(digits.images[chosen] / 16 * 255).astype(np.uint8)
+        self.labels: np.ndarray | None = digits.target[chosen].astype(np.int64)
+        self.skipped: list[tuple[str, str]] = []
+        self._ids = chosen
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def name(self, index: int) -> str:
+        return f"digit-{self._ids[index]:04d}"
+
+    def read(self, index: int) -> Image.Image:
+        return Image.fromarray(self.pixels[index]).resize((32, 32), Image.Resampling.BICUBIC).convert("RGB")
+
+
+def open_source(data: str) -> ImageSource:
+    """The pictures that ``--data`` names: a folder, or one of ``builtin:digits``, ``-train`` and ``-test``.
+
+    Raises:
+        UserError: no such folder or built-in set, or nothing readable in it.
+    """
+    if data.startswith("builtin:"):
+        if data not in BUILTIN:
+            raise UserError("--data", data, f"unknown built-in data{did_you_mean(data, BUILTIN)}")
+        return DigitsSource(data.partition("-")[2] or None)
+    return FolderSource(data)

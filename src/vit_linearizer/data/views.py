@@ -1,0 +1,109 @@
+"""What a model is shown of a picture: crops, flips and colours, and the patches that are hidden.
+
+Source: ThreeAugment of DeiT-III (arXiv 2204.07118), through timm's ``3a`` policy: a random resized crop, a flip, one of
+grey, solarised or blurred, and colour jitter 0.3. Every random choice depends on (seed, epoch, picture, repeat) alone.
+"""
+
+import contextlib
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data import create_transform
+from torch import Tensor
+
+from ..contracts import UserError
+from ..objectives import Masking, sample_mask
+from .sampler import Draw
+
+Augmentation = Literal["three", "crop", "none"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ViewConfig:
+    """How a picture becomes a training view.
+
+    Attributes:
+        augmentation: ``three`` (ThreeAugment), ``crop`` (crop and flip alone) or ``none`` (the centre).
+        smallest_crop: smallest share of the picture's area that a crop keeps.
+        horizontal_flip: probability of a mirror image.
+        repeats: draws of a picture in a row (repeated augmentation).
+    """
+
+    augmentation: Augmentation = "three"
+    smallest_crop: float = 0.08
+    horizontal_flip: float = 0.5
+    repeats: int = 3
+
+    def __post_init__(self) -> None:
+        if not 0 < self.smallest_crop <= 1:
+            raise UserError("--smallest-crop", self.smallest_crop, "must be in (0, 1]")
+        if not 0 <= self.horizontal_flip <= 1:
+            raise UserError("--horizontal-flip", self.horizontal_flip, "must be in [0, 1]")
+        if self.repeats < 1:
+            raise UserError("--repeats", self.repeats, "must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskConfig:
+    """Which patches are hidden: the student's grid, the share, and how they are drawn; see `objectives.sample_mask`."""
+
+    grid: tuple[int, int]
+    ratio: float
+    masking: Masking
+
+
+class TrainingView:
+    """Picture and draw -> the view's uint8 tensor and its mask, the same for the same draw in any process."""
+
+    def __init__(self, image_size: tuple[int, int], config: ViewConfig, mask: MaskConfig | None, *, seed: int):
+        self.seed = seed
+        self.mask = mask
+        if config.augmentation == "none":
+            self.transform = centre_transform(image_size)
+            return
+        self.transform = create_transform(
+            input_size=image_size,
+            is_training=True,
+            scale=(config.smallest_crop, 1.0),
+            hflip=config.horizontal_flip,
+            auto_augment="3a" if config.augmentation == "three" else None,
+            color_jitter=0.3 if config.augmentation == "three" else None,
+            interpolation="bicubic",
+            normalize=False,
+        )
+
+    def __call__(self, image: Image.Image, draw: Draw) -> dict[str, Tensor]:
+        with _seeded(self.seed, *draw):
+            view = {"images": self.transform(image)}
+        if self.mask is not None:
+            rng = np.random.default_rng([self.seed, *draw, 1])
+            view["mask"] = torch.from_numpy(sample_mask(self.mask.grid, self.mask.ratio, self.mask.masking, rng))
+        return view
+
+
+def centre_transform(image_size: tuple[int, int]) -> Any:
+    """Resize to cover the image size and cut the centre: uint8 ``[3, H, W]``, the view of every evaluation."""
+    return create_transform(
+        input_size=image_size, is_training=False, crop_pct=1.0, interpolation="bicubic", normalize=False
+    )
+
+
+@contextlib.contextmanager
+def _seeded(*key: int) -> Iterator[None]:
+    """Seed the generators that timm's and torchvision's transforms draw from, and give them back as they were."""
+    states = random.getstate(), np.random.get_state(), torch.default_generator.get_state()
+    first, second, third = (int(word) for word in np.random.SeedSequence(key).generate_state(3))
+    random.seed(first)
+    np.random.seed(second)
+    torch.default_generator.manual_seed(third)
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.default_generator.set_state(states[2])

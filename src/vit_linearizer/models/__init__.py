@@ -1,0 +1,3 @@
+"""Students, teachers, and the adapter that turns any timm backbone into `Features`."""
+
+from . import adventurer_sizes as adventurer_sizes  # registers the names with timm

@@ -1,0 +1,308 @@
+"""Adventurer: a plain stack of Mamba-2 mixers and SwiGLUs over image patches, linear in the number of tokens.
+
+Source: Adventurer (arXiv 2410.07599), the student of ViT-Linearizer (arXiv 2504.00037, table 7). Two ideas let a causal
+mixer see the whole image:
+
+- heading average: the mean of all tokens is put before the first, so that every position has seen a summary;
+- inter-layer flipping: some blocks read the patches in reverse. The class token stands last and stays there.
+
+Both live inside a block: between blocks the stream is always [patches in raster order, class token], and outside the
+model it is timm's [class token, patches]. Parameter names are those of the published weights.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from timm.layers import DropPath, PatchEmbed, lecun_normal_, trunc_normal_
+from timm.models import checkpoint
+from timm.models._features import feature_take_indices
+from timm.models._input import update_model_input_size
+from torch import Tensor
+
+from ..ops import Implementation, resample_position_embedding
+from .mamba2 import Mamba2, RMSNorm
+
+Flip = Literal["alternate", "released"]
+
+#: Which blocks read in reverse. ``alternate`` is the paper's rule, two blocks forward and two in reverse; ``released``
+#: is what the public weights were trained with, where only blocks 2 and 3 flip.
+FLIP_RULES = {
+    "alternate": lambda block: (block // 2) % 2 == 1,
+    "released": lambda block: block // 2 == 1,
+}
+
+
+class SwiGLU(nn.Module):
+    """``w3(SiLU(w1 x) * w2 x)``."""
+
+    def __init__(self, dim: int, hidden_dim: int, *, device=None, dtype=None):
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.w1 = nn.Linear(dim, hidden_dim, **dd)
+        self.w2 = nn.Linear(dim, hidden_dim, **dd)
+        self.w3 = nn.Linear(hidden_dim, dim, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w3(F.silu(self.w1(x)) * self.w2(x))
+
+
+class AdventurerBlock(nn.Module):
+    """One block: ``x + mixer(norm(x))`` in its reading order, then ``x + mlp(norm(x))``.
+
+    Args:
+        dim: width.
+        flip: whether this block reads the patches in reverse.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        depth: int,
+        flip: bool,
+        mlp_ratio: float,
+        drop_path: float,
+        implementation: Implementation,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.flip = flip
+        self.norm = RMSNorm(dim, **dd)
+        self.mixer = Mamba2(dim, out_scale=1 / math.sqrt(depth), implementation=implementation, **dd)
+        self.norm_mlp = RMSNorm(dim, **dd)
+        self.mlp = SwiGLU(dim, int(mlp_ratio * dim), **dd)
+        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+
+    def mix(self, u: Tensor) -> Tensor:
+        """The mixer in this block's reading order: ``[B, N + 1, D] -> [B, N + 1, D]``, class token last in both."""
+        patches, class_token = u[:, :-1], u[:, -1:]
+        if self.flip:
+            patches = patches.flip(1)
+        mixed = self.mixer(torch.cat([u.mean(dim=1, keepdim=True), patches, class_token], dim=1))
+        if self.flip:
+            return torch.cat([mixed[:, 1:-1].flip(1), mixed[:, -1:]], dim=1)
+        return mixed[:, 1:]
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.drop_path(self.mix(self.norm(x)))
+        return x + self.drop_path(self.mlp(self.norm_mlp(x)))
+
+
+class Adventurer(nn.Module):
+    """Adventurer as a timm model.
+
+    Args:
+        img_size: nominal image size, an int or (height, width); position embeddings are made for it.
+        patch_size: side of a patch.
+        num_classes: outputs of the head; 0 for none.
+        global_pool: what the head reads: ``token`` (the class token), ``avg`` (mean patch token) or '' (all tokens).
+        embed_dim: width, a multiple of 32.
+        depth: number of blocks.
+        mlp_ratio: SwiGLU hidden width over ``embed_dim``.
+        drop_rate: dropout before the head.
+        drop_path_rate: drop path of the last block; it rises linearly from 0 at the first.
+        flip: rule of `FLIP_RULES`.
+        dynamic_img_size: accept any image size that is a multiple of the patch, resampling the position embedding.
+        implementation: which scan runs, see `ops.ssd`.
+
+    Raises:
+        ValueError: unknown flip rule or pooling, or a width that does not fit the heads.
+    """
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int = 16,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: Literal["token", "avg", ""] = "token",
+        embed_dim: int = 768,
+        depth: int = 12,
+        mlp_ratio: float = 2.5,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        flip: Flip = "alternate",
+        dynamic_img_size: bool = True,
+        implementation: Implementation = "auto",
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        if flip not in FLIP_RULES:
+            raise ValueError(f"flip={flip!r}: choose from {', '.join(FLIP_RULES)}")
+        _check_pool(global_pool)
+        self.num_classes = num_classes
+        self.global_pool = global_pool
+        self.in_chans = in_chans
+        self.num_features = self.head_hidden_size = self.embed_dim = embed_dim
+        self.num_prefix_tokens = 1
+        self.dynamic_img_size = dynamic_img_size
+        self.grad_checkpointing = False
+        self.patch_embed = PatchEmbed(
+            img_size, patch_size, in_chans, embed_dim, strict_img_size=not dynamic_img_size, **dd
+        )
+        self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim, **dd))
+        self.pos_embed = nn.Parameter(torch.empty(1, self.patch_embed.num_patches + 1, embed_dim, **dd))
+        self.layers = nn.ModuleList(
+            AdventurerBlock(
+                embed_dim,
+                depth=depth,
+                flip=FLIP_RULES[flip](n),
+                mlp_ratio=mlp_ratio,
+                drop_path=drop_path_rate * n / max(1, depth - 1),
+                implementation=implementation,
+                **dd,
+            )
+            for n in range(depth)
+        )
+        self.norm_f = RMSNorm(embed_dim, **dd)
+        self.head_drop = nn.Dropout(drop_rate)
+        self.head = nn.Linear(embed_dim, num_classes, **dd) if num_classes > 0 else nn.Identity()
+        reduction = patch_size if isinstance(patch_size, int) else max(patch_size)
+        self.feature_info = [dict(module=f"layers.{n}", num_chs=embed_dim, reduction=reduction) for n in range(depth)]
+        self.init_weights()
+
+    @torch.jit.ignore
+    def init_weights(self) -> None:
+        """Truncated normal 0.02 for positions, class token and head, LeCun normal for the patches, zero biases."""
+        trunc_normal_(self.pos_embed, std=0.02)
+        trunc_normal_(self.cls_token, std=0.02)
+        lecun_normal_(self.patch_embed.proj.weight)
+        for name, parameter in self.named_parameters():
+            if name.endswith(".bias"):
+                nn.init.zeros_(parameter)
+        if isinstance(self.head, nn.Linear):
+            trunc_normal_(self.head.weight, std=0.02)
+
+    def embed(self, x: Tensor) -> Tensor:
+        """``[B, in_chans, H, W] -> [B, N + 1, D]``: patches in raster order, class token last, positions added."""
+        grid = self.patch_embed.dynamic_feat_size((x.shape[-2], x.shape[-1]))
+        patches = self.patch_embed(x)
+        tokens = torch.cat([patches, self.cls_token.expand(patches.shape[0], -1, -1)], dim=1)
+        return tokens + resample_position_embedding(self.pos_embed, self.patch_embed.grid_size, grid)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """``[B, in_chans, H, W] -> [B, 1 + N, D]``: class token, then patches in raster order, after the final norm."""
+        x = self.embed(x)
+        for block in self.layers:
+            x = checkpoint(block, x) if self.grad_checkpointing and not torch.jit.is_scripting() else block(x)
+        return _class_first(self.norm_f(x))
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Pool and classify the output of `forward_features`."""
+        if self.global_pool == "token":
+            x = x[:, 0]
+        elif self.global_pool == "avg":
+            x = x[:, 1:].mean(dim=1)
+        x = self.head_drop(x)
+        return x if pre_logits else self.head(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> Any:
+        """timm's `forward_intermediates`: outputs of chosen blocks, and the final features.
+
+        Args:
+            x: ``[B, in_chans, H, W]``.
+            indices: the last n blocks if an int, all if None, else the blocks named.
+            return_prefix_tokens: give each intermediate as (patches, class token).
+            norm: put each intermediate through the final norm.
+            stop_early: do not run blocks behind the last one named.
+            output_fmt: ``NCHW`` maps or ``NLC`` tokens.
+            intermediates_only: leave out the final features.
+
+        Returns:
+            The intermediates, or (final features as of `forward_features`, intermediates).
+        """
+        if output_fmt not in ("NCHW", "NLC"):
+            raise ValueError(f"output_fmt={output_fmt!r}: choose NCHW or NLC")
+        taken, last = feature_take_indices(len(self.layers), indices)
+        height, width = self.patch_embed.dynamic_feat_size((x.shape[-2], x.shape[-1]))
+        x = self.embed(x)
+        intermediates = []
+        for n, block in enumerate(self.layers[: last + 1] if stop_early else self.layers):
+            x = checkpoint(block, x) if self.grad_checkpointing else block(x)
+            if n in taken:
+                y = self.norm_f(x) if norm else x
+                patches, class_token = y[:, :-1], y[:, -1:]
+                if output_fmt == "NCHW":
+                    patches = patches.transpose(1, 2).unflatten(2, (height, width)).contiguous()
+                intermediates.append((patches, class_token) if return_prefix_tokens else patches)
+        return intermediates if intermediates_only else (_class_first(self.norm_f(x)), intermediates)
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Parameters without weight decay; timm's groups leave out norms and biases by their dimension."""
+        scan = {n for n, _ in self.named_parameters() if n.endswith((".A_log", ".D", ".dt_bias"))}
+        return {"pos_embed", "cls_token"} | scan
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Layers for layer-wise learning-rate decay."""
+        return {"stem": r"^cls_token|pos_embed|patch_embed", "blocks": [(r"^layers\.(\d+)", None), (r"^norm_f", (99999,))]}
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute each block in the backward pass instead of keeping its activations."""
+        self.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        return self.head
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace the head by a fresh one."""
+        if global_pool is not None:
+            _check_pool(global_pool)
+            self.global_pool = global_pool
+        self.num_classes = num_classes
+        like = self.cls_token
+        self.head = nn.Identity()
+        if num_classes > 0:
+            self.head = nn.Linear(self.embed_dim, num_classes, device=like.device, dtype=like.dtype)
+
+    def prune_intermediate_layers(
+        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drop blocks behind the last one wanted, and the norm and head when asked."""
+        taken, last = feature_take_indices(len(self.layers), indices)
+        self.layers = self.layers[: last + 1]
+        if prune_norm:
+            self.norm_f = nn.Identity()  # type: ignore[assignment]
+        if prune_head:
+            self.reset_classifier(0, "")
+        return taken
+
+    def set_input_size(self, img_size: Any = None, patch_size: Any = None) -> None:
+        """Change the nominal image size or the patch size, resampling patch and position embedding."""
+        old_grid = self.patch_embed.grid_size
+        self.patch_embed.set_input_size(img_size=img_size, patch_size=patch_size)
+        resampled = resample_position_embedding(self.pos_embed.detach(), old_grid, self.patch_embed.grid_size)
+        self.pos_embed = nn.Parameter(resampled, requires_grad=self.pos_embed.requires_grad)
+        update_model_input_size(self, self.patch_embed.img_size, patch_size=patch_size)
+
+
+def _class_first(x: Tensor) -> Tensor:
+    return torch.cat([x[:, -1:], x[:, :-1]], dim=1)
+
+
+def _check_pool(global_pool: str) -> None:
+    if global_pool not in ("token", "avg", ""):
+        raise ValueError(f"global_pool={global_pool!r}: choose from token, avg or '' (all tokens)")

@@ -1,0 +1,100 @@
+"""The Mamba-2 mixer, with one group shared by all heads.
+
+Source: Mamba-2 (arXiv 2405.21060); ViT-Linearizer's eqs. 2-3 are a simplification of it. Parameter names are those of
+the published Adventurer weights. It must equal ``transformers``' Mamba-2 with the same weights.
+"""
+
+import math
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..ops import Implementation, causal_conv_silu, rms_norm, ssd
+
+
+class RMSNorm(nn.Module):
+    """`ops.rms_norm` with its weight, optionally gated."""
+
+    def __init__(self, dim: int, eps: float = 1e-5, *, device=None, dtype=None):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim, device=device, dtype=dtype))
+
+    def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
+        return rms_norm(x, self.weight, eps=self.eps, gate=gate)
+
+
+class Mamba2(nn.Module):
+    """Mamba-2 mixer over a sequence, first token to last.
+
+    Args:
+        dim: width of the sequence; ``expand * dim`` must be a multiple of ``head_dim``.
+        state_dim: size of the state per channel.
+        head_dim: channels that share one decay.
+        expand: inner width over ``dim``.
+        conv_width: tokens that the causal convolution sees.
+        out_scale: factor on the initial ``out_proj`` (Adventurer: one over the square root of the depth).
+        implementation: which scan runs, see `ops.ssd`.
+
+    Raises:
+        ValueError: the inner width is not a multiple of ``head_dim``.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        state_dim: int = 64,
+        head_dim: int = 64,
+        expand: int = 2,
+        conv_width: int = 4,
+        out_scale: float = 1.0,
+        implementation: Implementation = "auto",
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.inner_dim = expand * dim
+        self.state_dim = state_dim
+        self.head_dim = head_dim
+        self.out_scale = out_scale
+        self.implementation: Implementation = implementation
+        if self.inner_dim % head_dim:
+            raise ValueError(f"inner width {self.inner_dim} (expand {expand} x dim {dim}) must be a multiple of {head_dim}")
+        self.num_heads = self.inner_dim // head_dim
+        conv_dim = self.inner_dim + 2 * state_dim
+        self.in_proj = nn.Linear(dim, self.inner_dim + conv_dim + self.num_heads, bias=False, **dd)
+        self.conv1d = nn.Conv1d(conv_dim, conv_dim, conv_width, groups=conv_dim, padding=conv_width - 1, **dd)
+        self.dt_bias = nn.Parameter(torch.empty(self.num_heads, **dd))
+        self.A_log = nn.Parameter(torch.empty(self.num_heads, **dd))
+        self.D = nn.Parameter(torch.empty(self.num_heads, **dd))
+        self.norm = RMSNorm(self.inner_dim, **dd)
+        self.out_proj = nn.Linear(self.inner_dim, dim, bias=False, **dd)
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """dt log-uniform in [1e-3, 1e-1] through the inverse softplus, A uniform in [1, 16], D one, scaled ``out_proj``."""
+        with torch.no_grad():
+            dt = torch.empty_like(self.dt_bias).uniform_(math.log(1e-3), math.log(1e-1)).exp_()
+            self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))
+            self.A_log.uniform_(1, 16).log_()
+            self.D.fill_(1.0)
+            nn.init.zeros_(self.conv1d.bias)  # type: ignore[arg-type]  # the convolution has a bias
+            nn.init.kaiming_uniform_(self.out_proj.weight, a=math.sqrt(5))
+            self.out_proj.weight.mul_(self.out_scale)
+
+    def forward(self, u: Tensor) -> Tensor:
+        """``[B, L, dim] -> [B, L, dim]``; output t depends on inputs 0..t only."""
+        z, xBC, dt = self.in_proj(u).split([self.inner_dim, self.inner_dim + 2 * self.state_dim, self.num_heads], dim=-1)
+        xBC = causal_conv_silu(xBC, self.conv1d.weight, self.conv1d.bias)
+        x, B, C = xBC.split([self.inner_dim, self.state_dim, self.state_dim], dim=-1)
+        # Step sizes and decays stay in fp32 (or better): they are exponentiated over the whole sequence.
+        exact = torch.promote_types(dt.dtype, torch.float32)
+        dt = F.softplus(dt.to(exact) + self.dt_bias.to(exact))
+        A = -torch.exp(self.A_log.to(exact))
+        x = x.unflatten(-1, (self.num_heads, self.head_dim))
+        y = ssd(x, dt, A, B, C, self.D.to(exact), implementation=self.implementation)
+        return self.out_proj(self.norm(y.flatten(2), gate=z))

@@ -1,0 +1,19 @@
+"""What a student is trained towards: one file an idea, each (student Features, teacher Features, mask) -> scalar."""
+
+from .activation_matching import MatchedTokens, activation_map, activation_matching
+from .feature_regression import FeatureRegression
+from .masked_prediction import MaskedPrediction, Target, teacher_target
+from .masking import Masking, masked_count, sample_mask
+
+__all__ = [
+    "FeatureRegression",
+    "MaskedPrediction",
+    "MatchedTokens",
+    "Masking",
+    "Target",
+    "activation_map",
+    "activation_matching",
+    "masked_count",
+    "sample_mask",
+    "teacher_target",
+]

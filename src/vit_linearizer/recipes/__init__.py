@@ -1,0 +1,28 @@
+"""The papers' tables as values, by name. A recipe is a function of the student's name, since tables differ by size."""
+
+from collections.abc import Callable
+
+from ..contracts import UserError, did_you_mean
+from .base import DistillationRecipe
+from .linearizer import digits, linearizer, regression, smoke
+
+RECIPES: dict[str, Callable[[str], DistillationRecipe]] = {
+    "linearizer": linearizer,
+    "regression": regression,
+    "digits": digits,
+    "smoke": smoke,
+}
+
+
+def find_recipe(name: str, student: str) -> DistillationRecipe:
+    """A recipe by name, for a student.
+
+    Raises:
+        UserError: there is none of that name.
+    """
+    if name not in RECIPES:
+        raise UserError("--recipe", name, f"unknown recipe; there are {', '.join(RECIPES)}{did_you_mean(name, RECIPES)}")
+    return RECIPES[name](student)
+
+
+__all__ = ["RECIPES", "DistillationRecipe", "find_recipe"]

@@ -1,0 +1,69 @@
+"""A recipe: the values that a paper's table gives for one stage of training, in three parts."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from ..data.views import ViewConfig
+from ..tasks import DistillationConfig
+from ..training.config import OptimisationConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillationRecipe:
+    """Everything about a distillation that is not teacher, student, data or machine.
+
+    Attributes:
+        optimisation: schedule and optimiser.
+        views: what of a picture is shown.
+        objectives: what the student is trained towards.
+        drop_path: of the student's last block.
+        scales_learning_rate: whether learning rates follow the square root of the batch size over the recipe's.
+    """
+
+    optimisation: OptimisationConfig
+    views: ViewConfig
+    objectives: DistillationConfig
+    drop_path: float
+    scales_learning_rate: bool = True
+
+    def override(self, **values: Any) -> "DistillationRecipe":
+        """A copy with other values, each found by its name in whichever part has it; None leaves a value as it is.
+
+        A batch size without a learning rate scales the learning rates when the recipe says so.
+        """
+        given = {name: value for name, value in values.items() if value is not None}
+        recipe = self
+        if "batch_size" in given and "learning_rate" not in given:
+            recipe = recipe.at_batch_size(given.pop("batch_size"))
+        parts: dict[str, Any] = {}
+        for field in dataclasses.fields(recipe):
+            part = getattr(recipe, field.name)
+            if field.name in given:
+                parts[field.name] = given.pop(field.name)
+            elif dataclasses.is_dataclass(part) and not isinstance(part, type):
+                mine = {f.name: given.pop(f.name) for f in dataclasses.fields(part) if f.name in given}
+                parts[field.name] = dataclasses.replace(part, **mine)
+        if given:
+            raise TypeError(f"no such value in a recipe: {', '.join(given)}")
+        return dataclasses.replace(recipe, **parts)
+
+    def at_batch_size(self, batch_size: int) -> "DistillationRecipe":
+        """The same recipe at another batch size, its learning rates scaled by the square root (timm's rule for Adam)."""
+        old = self.optimisation
+        factor = (batch_size / old.batch_size) ** 0.5 if self.scales_learning_rate and batch_size > 0 else 1.0
+        optimisation = dataclasses.replace(
+            old,
+            batch_size=batch_size,
+            learning_rate=old.learning_rate * factor,
+            minimum_learning_rate=old.minimum_learning_rate * factor,
+        )
+        return dataclasses.replace(self, optimisation=optimisation)
+
+    def flat(self) -> dict[str, Any]:
+        """All values by name, as ``config.json`` shows them."""
+        values: dict[str, Any] = {}
+        for field in dataclasses.fields(self):
+            part = getattr(self, field.name)
+            values.update(dataclasses.asdict(part) if dataclasses.is_dataclass(part) else {field.name: part})
+        return values

@@ -1,0 +1,52 @@
+"""What the training loop needs to know of a task, and nothing more."""
+
+from abc import ABC, abstractmethod
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from ..contracts import LossOutput
+
+
+class Task(nn.Module, ABC):
+    """A module whose parameters are all that training changes.
+
+    Attributes:
+        uses_every_parameter: False when some parameter gets no gradient (distributed training must then look for them).
+        score: the metric of `evaluate` that decides which weights are best, and whether lower is better.
+    """
+
+    uses_every_parameter: bool = True
+    score: tuple[str, bool] = ("loss", True)
+
+    @property
+    @abstractmethod
+    def backbone(self) -> nn.Module:
+        """The model that a run leaves behind."""
+
+    @abstractmethod
+    def forward(self, batch: dict[str, Tensor]) -> LossOutput:
+        """Loss of one batch (images in [0, 1]); all terms are means over the batch."""
+
+    @abstractmethod
+    def evaluate(self, held_out: DataLoader, bank: DataLoader | None, device: torch.device) -> dict[str, float]:
+        """Metrics on held-out pictures; ``bank`` holds labelled training pictures where there are labels."""
+
+    @abstractmethod
+    def compile_blocks(self) -> None:
+        """Put ``torch.compile`` around each block: compiled once, used by all."""
+
+    def to_other_devices(self, device: torch.device) -> None:
+        """Move what is no part of the module (a teacher) to the device of the training."""
+
+    @abstractmethod
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters without weight decay, beyond norms and biases (timm's convention)."""
+
+
+def compile_each_block(model: nn.Module) -> None:
+    """``torch.compile`` on the blocks of a timm backbone (``layers`` of Adventurer, ``blocks`` of a ViT)."""
+    for block in getattr(model, "layers", None) or getattr(model, "blocks"):  # noqa: B009  # either is a ModuleList
+        block.compile()

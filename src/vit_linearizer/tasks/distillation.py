@@ -1,0 +1,189 @@
+"""ViT-Linearizer's training step: the frozen teacher sees the image, the student sees it masked, the objectives compare.
+
+Source: ViT-Linearizer (arXiv 2504.00037, figure 2 and section 3.3): L = L_act + lambda L_mask. The mask token and the
+projections live here, not in the student, so the exported backbone has no parameter it does not use.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from timm.layers import trunc_normal_
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from ..contracts import Features, LossOutput, UserError
+from ..data.datasets import to_device
+from ..evaluation import activation_agreement, collect_features, knn_accuracy, readout_cosine
+from ..models.adapters import extract_features
+from ..models.teacher import Teacher
+from ..objectives import FeatureRegression, MaskedPrediction, MatchedTokens, Masking, Target, activation_matching
+from .base import Task, compile_each_block
+
+#: Tokens of a held-out image that enter the read-out cosine, evenly spaced.
+_READOUT_TOKENS = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillationConfig:
+    """What the student is trained towards.
+
+    Attributes:
+        stages: number K of stages whose activation maps are matched.
+        mask_ratio: share of patches that the student does not see.
+        masking: how masks are drawn.
+        activation_matching_weight: factor on eq. 5; 0 leaves it out.
+        activation_matching_tokens: which tokens enter the maps.
+        masked_prediction_weight: factor lambda on eq. 6; 0 leaves it out.
+        masked_prediction_target: what of the teacher is predicted.
+        feature_regression_weight: factor on the plain regression of the final tokens; 0 leaves it out.
+        feature_regression_target: what of the teacher is regressed.
+    """
+
+    stages: int = 4
+    mask_ratio: float = 0.75
+    masking: Masking = "token"
+    activation_matching_weight: float = 1.0
+    activation_matching_tokens: MatchedTokens = "visible"
+    masked_prediction_weight: float = 1.0
+    masked_prediction_target: Target = "layer_norm"
+    feature_regression_weight: float = 0.0
+    feature_regression_target: Target = "layer_norm"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.mask_ratio < 1:
+            raise UserError("--mask-ratio", self.mask_ratio, "must be in [0, 1); the paper's is 0.75")
+        weights = {
+            "--activation-matching-weight": self.activation_matching_weight,
+            "--masked-prediction-weight": self.masked_prediction_weight,
+            "--feature-regression-weight": self.feature_regression_weight,
+        }
+        for name, weight in weights.items():
+            if not weight >= 0:
+                raise UserError(name, weight, "must be 0 or more")
+        if not any(weights.values()):
+            raise UserError("objective weights", "0 0 0", f"at least one of {', '.join(weights)} must be above 0")
+        if self.mask_ratio == 0 and self.masked_prediction_weight > 0:
+            remedy = "masked prediction has nothing to predict; mask some patches, or set --masked-prediction-weight 0"
+            raise UserError("--mask-ratio", self.mask_ratio, remedy)
+        if self.stages < 1:
+            raise UserError("--stages", self.stages, "must be at least 1")
+
+
+class Distillation(Task):
+    """Student, mask token and projections; the teacher stands beside them and is no part of the module.
+
+    Args:
+        student: a plain timm backbone.
+        teacher: on the same patch grid.
+        config: objectives and masks.
+
+    Raises:
+        UserError: the class token's row is asked for and a model has none.
+    """
+
+    def __init__(self, student: nn.Module, teacher: Teacher, config: DistillationConfig):
+        super().__init__()
+        self.student = student
+        self.teacher = teacher
+        self.config = config
+        dim = int(student.num_features)  # type: ignore[arg-type]
+        self.mask_token: nn.Parameter | None = None
+        if config.mask_ratio > 0:
+            self.mask_token = nn.Parameter(trunc_normal_(torch.empty(1, 1, dim), std=0.02))
+        self.masked_prediction: MaskedPrediction | None = None
+        if config.masked_prediction_weight > 0:
+            self.masked_prediction = MaskedPrediction(dim, teacher.dim, target=config.masked_prediction_target)
+        self.feature_regression: FeatureRegression | None = None
+        if config.feature_regression_weight > 0:
+            self.feature_regression = FeatureRegression(dim, teacher.dim, target=config.feature_regression_target)
+        needs_class_token = config.activation_matching_weight > 0 and config.activation_matching_tokens == "class"
+        if needs_class_token and getattr(teacher.model, "cls_token", None) is None:
+            raise UserError("--activation-matching-tokens", "class", "this teacher has no class token; use visible or all")
+        # Activation maps are taken before the final norm.
+        self.uses_every_parameter = self.masked_prediction is not None or self.feature_regression is not None
+
+    @property
+    def backbone(self) -> nn.Module:
+        return self.student
+
+    def to_other_devices(self, device: torch.device) -> None:
+        self.teacher.to(device)
+
+    def compile_blocks(self) -> None:
+        compile_each_block(self.student)
+        compile_each_block(self.teacher.model)
+
+    def no_weight_decay(self) -> set[str]:
+        return {"mask_token"} | {f"student.{name}" for name in self.student.no_weight_decay()}  # type: ignore[operator]
+
+    def forward(self, batch: dict[str, Tensor]) -> LossOutput:
+        """Loss of images ``[B, 3, H, W]`` in [0, 1] under masks ``[B, N]`` (True where the student sees the mask token)."""
+        teacher = self.teacher.features(batch["images"], stages=self.config.stages)
+        return self._losses(self._student(batch), teacher, batch.get("mask"))
+
+    def _student(self, batch: dict[str, Tensor]) -> Features:
+        mask = batch.get("mask")
+        return extract_features(
+            self.student, batch["images"], stages=self.config.stages, mask=mask, mask_token=self.mask_token
+        )
+
+    def _losses(self, student: Features, teacher: Features, mask: Tensor | None) -> LossOutput:
+        config = self.config
+        weighted = {}
+        if config.activation_matching_weight > 0:
+            term = activation_matching(student, teacher, mask, tokens=config.activation_matching_tokens)
+            weighted["activation_matching"] = (config.activation_matching_weight, term)
+        if self.masked_prediction is not None:
+            term = self.masked_prediction(student, teacher, mask)
+            weighted["masked_prediction"] = (config.masked_prediction_weight, term)
+        if self.feature_regression is not None:
+            term = self.feature_regression(student, teacher, mask)
+            weighted["feature_regression"] = (config.feature_regression_weight, term)
+        loss = torch.stack([weight * term for weight, term in weighted.values()]).sum()
+        return LossOutput(loss=loss, terms={name: term.detach() for name, (_, term) in weighted.items()})
+
+    @torch.no_grad()
+    def evaluate(self, held_out: DataLoader, bank: DataLoader | None, device: torch.device) -> dict[str, float]:
+        """Losses under fixed masks, and the label-free signs that it works, on whole images.
+
+        Returns:
+            ``loss`` and each term; ``agreement_stage1..K`` (see `activation_agreement`); ``masked_cosine`` (predicted
+            against true teacher tokens at masked places); ``final_cosine`` (see `readout_cosine`); ``knn`` in percent
+            when ``bank`` is given.
+        """
+        self.eval()
+        sums: dict[str, float] = {}
+        images = 0
+        student_tokens, teacher_tokens, pooled, labels = [], [], [], []
+        for batch in held_out:
+            batch = to_device(batch, device)
+            size = len(batch["images"])
+            teacher = self.teacher.features(batch["images"], stages=self.config.stages)
+            student = self._student(batch)
+            mask = batch.get("mask")
+            output = self._losses(student, teacher, mask)
+            values = {"loss": output.loss, **output.terms}
+            if self.masked_prediction is not None and mask is not None:
+                prediction, target = self.masked_prediction.pairs(student, teacher, mask)
+                values["masked_cosine"] = F.cosine_similarity(prediction.float(), target.float(), dim=1).mean()
+            whole = student if mask is None else extract_features(self.student, batch["images"], stages=self.config.stages)
+            for number, value in enumerate(activation_agreement(whole, teacher), start=1):
+                values[f"agreement_stage{number}"] = value
+            for name, value in values.items():
+                sums[name] = sums.get(name, 0.0) + size * float(value)
+            images += size
+            chosen = torch.linspace(0, whole.tokens.shape[1] - 1, min(_READOUT_TOKENS, whole.tokens.shape[1])).long()
+            student_tokens.append(whole.tokens[:, chosen].flatten(0, 1).float().cpu())
+            teacher_tokens.append(teacher.tokens[:, chosen].flatten(0, 1).float().cpu())
+            pooled.append(whole.pooled.float().cpu())
+            if "labels" in batch:
+                labels.append(batch["labels"].cpu())
+        metrics = {name: total / images for name, total in sums.items()}
+        metrics["final_cosine"] = readout_cosine(torch.cat(student_tokens), torch.cat(teacher_tokens))
+        if bank is not None:
+            features, bank_labels = collect_features(self.student, bank, device)
+            metrics["knn"] = knn_accuracy(features, bank_labels, torch.cat(pooled), torch.cat(labels))
+        self.train()
+        return metrics

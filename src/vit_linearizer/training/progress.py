@@ -1,0 +1,78 @@
+"""The line that a user watches: step, loss, images per second, time left, share of time spent waiting for data.
+
+In a terminal it is a live bar; elsewhere (a log file, a batch system) one plain line every half minute.
+"""
+
+import logging
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+logger = logging.getLogger("vit_linearizer")
+
+#: Where everything for the user's eyes goes, so that bars and messages do not tear each other.
+console = Console()
+
+_PLAIN_SECONDS = 30.0
+#: Data wait above this share deserves a hint.
+_WAIT_WORTH_A_HINT = 0.1
+
+
+class ProgressLine:
+    """Context manager around a training loop.
+
+    Args:
+        title: what is being done.
+        first: steps done before.
+        total: steps of the whole run.
+        shown: False in every process but the first.
+    """
+
+    def __init__(self, title: str, *, first: int, total: int, shown: bool):
+        self.title, self.first, self.total, self.shown = title, first, total, shown
+        self.live: Progress | None = None
+        if shown and console.is_terminal:
+            self.live = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=None),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[detail]}"),
+                TimeRemainingColumn(),
+                console=console,
+            )
+            self.bar = self.live.add_task(title, total=total, completed=first, detail="")
+
+    def __enter__(self) -> "ProgressLine":
+        self.started = self.spoke = time.perf_counter()
+        if self.live is not None:
+            self.live.start()
+        return self
+
+    def update(self, done: int, *, loss: float, images_per_second: float, data_wait: float, step_seconds: float) -> None:
+        """Show the state after ``done`` steps; ``data_wait`` is a share of the time; ``step_seconds`` is not shown."""
+        if not self.shown:
+            return
+        detail = f"loss {loss:.4f}  {images_per_second:.0f} img/s  data wait {data_wait:.0%}"
+        if data_wait > _WAIT_WORTH_A_HINT:
+            detail += " (try more --num-workers)"
+        if self.live is not None:
+            self.live.update(self.bar, completed=done, detail=detail)
+            return
+        now = time.perf_counter()
+        if now - self.spoke >= _PLAIN_SECONDS or done == self.total:
+            self.spoke = now
+            left = (now - self.started) / max(1, done - self.first) * (self.total - done)
+            logger.info("%s: step %d of %d  %s  %s left", self.title, done, self.total, detail, duration(left))
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        if self.live is not None:
+            self.live.stop()
+
+
+def duration(seconds: float) -> str:
+    """``1:02:03`` or ``02:03``."""
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute:02d}:{second:02d}"

@@ -1,0 +1,168 @@
+"""A run's folder on disk: who may write there, its metrics, its log.
+
+    config.json  metrics.jsonl  run.log  skipped.txt  checkpoints/  model/  evaluation.json  tensorboard/
+
+A folder holds one configuration. The metrics are cut back to the checkpoint on resume, so no step stands twice.
+"""
+
+import contextlib
+import importlib.util
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from ..contracts import UserError
+
+logger = logging.getLogger("vit_linearizer")
+
+#: Fields that may differ between the parts of one run: they change where and how it runs, not what comes out.
+NOT_COMPARED = ("out", "resume", "num_workers", "device", "debug", "dry_run")
+
+
+class RunFolder:
+    """The folder of one run. Made in two steps: looking at it first, writing to it once all else has been checked.
+
+    Args:
+        path: where; need not exist.
+        config: resolved configuration.
+
+    Raises:
+        UserError: the folder holds a run of another configuration.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], config: Mapping[str, Any]):
+        self.path = Path(path)
+        self.writes = False
+        self.config = json.loads(json.dumps(config))
+        self._refuse_other_configuration()
+
+    def prepare(self, *, resume: str, writes: bool = True) -> None:
+        """Create the folder and its ``config.json``.
+
+        Args:
+            resume: ``auto`` keeps what is there, ``never`` removes this configuration's earlier results.
+            writes: False in every process but the first.
+        """
+        self.writes = writes
+        if not writes:
+            return
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        if resume == "never":
+            self._start_over()
+        write_atomically(self.path / "config.json", json.dumps(self.config, indent=2) + "\n")
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def model(self) -> Path:
+        return self.path / "model"
+
+    @property
+    def skipped(self) -> Path:
+        return self.path / "skipped.txt"
+
+    @property
+    def metrics_file(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    def _refuse_other_configuration(self) -> None:
+        file = self.path / "config.json"
+        if self.path.exists() and not self.path.is_dir():
+            raise UserError("--out", self.path, "is a file; give a folder")
+        if not file.exists():
+            return
+        try:
+            other = json.loads(file.read_text())
+        except ValueError as error:
+            raise UserError("--out", self.path, "its config.json cannot be read; use another folder") from error
+        different = sorted(
+            key
+            for key in self.config.keys() | other.keys()
+            if key not in NOT_COMPARED and self.config.get(key) != other.get(key)
+        )
+        if different:
+            shown = ", ".join(f"{key} ({other.get(key)} there, {self.config.get(key)} here)" for key in different[:8])
+            raise UserError("--out", self.path, f"holds a run of another configuration: {shown}; use another folder")
+
+    def _start_over(self) -> None:
+        for folder in (self.checkpoints, self.model, self.path / "tensorboard"):
+            shutil.rmtree(folder, ignore_errors=True)
+        for file in (self.metrics_file, self.skipped, self.path / "run.log", self.path / "evaluation.json"):
+            file.unlink(missing_ok=True)
+        self.checkpoints.mkdir(parents=True)
+
+    def cut_metrics(self, step: int) -> None:
+        """Drop every line beyond a step, and a last line that a kill left half-written."""
+        if not self.writes or not self.metrics_file.exists():
+            return
+        kept = []
+        for line in self.metrics_file.read_text().splitlines():
+            with contextlib.suppress(ValueError):
+                if json.loads(line)["step"] <= step:
+                    kept.append(line + "\n")
+        write_atomically(self.metrics_file, "".join(kept))
+
+    def write_evaluation(self, metrics: Mapping[str, Any]) -> None:
+        """``evaluation.json``: results that belong to the weights in ``model/``."""
+        if self.writes:
+            write_atomically(self.path / "evaluation.json", json.dumps(metrics, indent=2) + "\n")
+
+    def read_evaluation(self) -> dict[str, float]:
+        """What `write_evaluation` wrote last."""
+        return json.loads((self.path / "evaluation.json").read_text())
+
+    @contextlib.contextmanager
+    def logging_to_file(self) -> Iterator[None]:
+        """Send the package's log to ``run.log`` too."""
+        if not self.writes:
+            yield
+            return
+        handler = logging.FileHandler(self.path / "run.log", encoding="utf-8")
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        logger.addHandler(handler)
+        try:
+            yield
+        finally:
+            logger.removeHandler(handler)
+            handler.close()
+
+
+class MetricsWriter:
+    """Appends to ``metrics.jsonl``, and to tensorboard where it is installed."""
+
+    def __init__(self, run: RunFolder, first_step: int):
+        self.file = run.metrics_file.open("a", encoding="utf-8") if run.writes else None
+        self.board: Any = None
+        if run.writes and importlib.util.find_spec("tensorboard"):
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(str(run.path / "tensorboard"), purge_step=first_step)
+
+    def write(self, step: int, split: str, values: Mapping[str, float | int]) -> None:
+        """One line: ``{"step": ..., "split": ..., ...}``, on disk before this returns."""
+        if self.file is None:
+            return
+        self.file.write(json.dumps({"step": step, "split": split, **values}) + "\n")
+        self.file.flush()
+        if self.board is not None:
+            for name, value in values.items():
+                self.board.add_scalar(f"{split}/{name}", value, step)
+
+    def close(self) -> None:
+        if self.file is not None:
+            self.file.close()
+        if self.board is not None:
+            self.board.close()
+
+
+def write_atomically(file: Path, text: str) -> None:
+    """Write a text file so that a reader or a kill meets the old text or the new one."""
+    fresh = file.with_name(file.name + ".new")
+    fresh.write_text(text, encoding="utf-8")
+    os.replace(fresh, file)
