@@ -4,6 +4,7 @@ import dataclasses
 import logging
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -13,7 +14,7 @@ from ..data.datasets import SkippedList, split_held_out
 from ..data.sources import ImageSource, open_source
 from ..data.views import Augmentation, MaskConfig
 from ..models.adapters import check_plain, nominal_size, patch_grid
-from ..models.loading import create_backbone
+from ..models.loading import create_backbone, probe_backbone
 from ..models.teacher import agreeing_size, load_teacher
 from ..objectives import MatchedTokens, Masking, Target, masked_count
 from ..recipes import DistillationRecipe, find_recipe
@@ -33,12 +34,13 @@ class DistillConfig(RuntimeConfig):
 
     Attributes:
         teacher: timm name, hf-hub:OWNER/NAME, local-dir:FOLDER, a run folder, or a weight file (with --teacher-arch).
-        student: timm name, e.g. adventurer_base_patch16_224, or a run folder to go on from.
+        student: timm name, e.g. adventurer_base_patch16_224, or a run folder or weight file to go on from.
         data: folder of images, searched recursively, or builtin:digits.
         out: folder that the run leaves its results in.
         recipe: linearizer (the paper), regression (the baseline), digits or smoke.
         teacher_arch: timm name of the architecture, when the teacher is a weight file.
         teacher_pretrained: load the teacher's pretrained weights.
+        student_arch: timm name of the architecture, when the student is a weight file.
         student_args: arguments of the student's architecture, as name=value (e.g. depth=4 flip=released).
         image_size: what the student sees, 224 or HEIGHTxWIDTH; by default the student's nominal size.
         teacher_image_size: what the teacher sees; by default the size at which the patch grids agree.
@@ -74,6 +76,7 @@ class DistillConfig(RuntimeConfig):
     recipe: str = "linearizer"
     teacher_arch: str | None = None
     teacher_pretrained: bool = True
+    student_arch: str | None = None
     student_args: tuple[str, ...] = ()
     image_size: str | None = None
     teacher_image_size: str | None = None
@@ -102,11 +105,18 @@ class DistillConfig(RuntimeConfig):
     debug: bool = False
 
 
-def resolve_recipe(config: DistillConfig) -> DistillationRecipe:
-    """The recipe that a configuration names, with the values its flags override."""
-    recipe = find_recipe(config.recipe, config.student)
+def resolve_recipe(config: DistillConfig, architecture: str, batch_size: int | None = None) -> DistillationRecipe:
+    """The recipe that a configuration names, with the values its flags override.
+
+    Args:
+        config: of the command.
+        architecture: timm name of the student.
+        batch_size: instead of the configuration's, where the images are too few for that.
+    """
+    recipe = find_recipe(config.recipe, architecture)
     names = set(recipe.flat()) & {field.name for field in dataclasses.fields(config)}
-    return recipe.override(**{name: getattr(config, name) for name in names})
+    values = {name: getattr(config, name) for name in names}
+    return recipe.override(**values | {"batch_size": batch_size or config.batch_size})
 
 
 def distill(config: DistillConfig) -> Path:
@@ -118,10 +128,12 @@ def distill(config: DistillConfig) -> Path:
     Raises:
         UserError: anything in the configuration that cannot work; found before the training starts.
     """
-    recipe = resolve_recipe(config)
-    student_args = {"drop_path_rate": recipe.drop_path, **parse_model_args("--student-args", config.student_args)}
-    probe = create_backbone(config.student, field="--student", num_classes=0, device="meta", **student_args)
+    student_args = parse_model_args("--student-args", config.student_args)
+    named = dict(field="--student", architecture=config.student_arch, num_classes=0)
+    probe: Any = probe_backbone(config.student, **named, **student_args)
     check_plain(probe, config.student)
+    architecture = probe.pretrained_cfg["architecture"]
+    recipe = resolve_recipe(config, architecture)
     image_size = parse_size("--image-size", config.image_size) or nominal_size(probe)
     grid = patch_grid(probe, image_size)
     teacher_size = agreeing_size(
@@ -139,9 +151,7 @@ def distill(config: DistillConfig) -> Path:
     if batch_size != recipe.optimisation.batch_size:
         logger.info("batch size %d -> %d: there are %d training images", recipe.optimisation.batch_size, batch_size,
                     len(train_numbers))  # fmt: skip
-        optimisation = dataclasses.replace(recipe.optimisation, batch_size=batch_size)
-        given = config.learning_rate is not None
-        recipe = dataclasses.replace(recipe, optimisation=optimisation) if given else recipe.at_batch_size(batch_size)
+        recipe = resolve_recipe(config, architecture, batch_size)
 
     resolved = {
         "command": "distill",
@@ -149,6 +159,7 @@ def distill(config: DistillConfig) -> Path:
         "teacher_arch": config.teacher_arch,
         "teacher_pretrained": config.teacher_pretrained,
         "student": config.student,
+        "student_arch": config.student_arch,
         "student_args": list(config.student_args),
         "data": config.data if config.data.startswith("builtin:") else str(Path(config.data).resolve()),
         "images": len(source),
@@ -163,9 +174,10 @@ def distill(config: DistillConfig) -> Path:
         config.teacher, image_size=teacher_size, architecture=config.teacher_arch, pretrained=config.teacher_pretrained
     )
     torch.manual_seed(config.seed)
-    student_args["img_size"] = image_size
-    student = create_backbone(config.student, field="--student", num_classes=0, **student_args)
-    student._model_args.pop("drop_path_rate", None)  # type: ignore[union-attr, operator]  # a matter of this training
+    student_args |= {"img_size": image_size, "drop_path_rate": recipe.drop_path}
+    from_hub = config.student.startswith("hf-hub:")
+    student: Any = create_backbone(config.student, **named, pretrained=from_hub, **student_args)
+    student._model_args.pop("drop_path_rate", None)  # a matter of this training, not of the model
     task = Distillation(student, teacher, recipe.objectives)
     if config.dry_run:
         _describe(task, recipe, source, image_size, len(train_numbers), batch_size // parts)

@@ -35,6 +35,7 @@ logger = logging.getLogger("vit_linearizer")
 _SIZE = 32
 #: Teacher and student: the same width, depth and 64 patches.
 _SHAPE = dict(img_size=_SIZE, patch_size=4, embed_dim=96, depth=4)
+_SMOKE_SHAPE = dict(img_size=_SIZE, patch_size=8, embed_dim=32, depth=4)
 _STUDENT = "adventurer_tiny_patch16_224"
 _COLUMNS = {"top1": "top-1", "knn": "kNN", "linear_probe": "linear probe", "few_shot": "5 labels a class"}
 
@@ -46,7 +47,7 @@ class QuickstartConfig:
     Attributes:
         out: folder for the runs and quickstart.json.
         seed: of everything random.
-        smoke: a few steps of each part, to see that everything runs.
+        smoke: one epoch with tiny models, to see that everything runs.
         debug: show the traceback of an error.
     """
 
@@ -79,7 +80,7 @@ def quickstart(config: QuickstartConfig) -> dict[str, dict[str, float]]:
             DistillConfig(
                 teacher=str(teacher),
                 student=_STUDENT,
-                student_args=tuple(f"{name}={value}" for name, value in _SHAPE.items()),
+                student_args=tuple(f"{name}={value}" for name, value in _shape(config).items()),
                 data="builtin:digits-train",
                 out=str(out / row),
                 recipe="digits",
@@ -91,7 +92,7 @@ def quickstart(config: QuickstartConfig) -> dict[str, dict[str, float]]:
         )
         seconds[row], models[row] = time.perf_counter() - started, load(run)
     torch.manual_seed(config.seed)
-    models["untrained"] = timm.create_model(_STUDENT, num_classes=0, **_SHAPE).eval()
+    models["untrained"] = timm.create_model(_STUDENT, num_classes=0, **_shape(config)).eval()
     seconds["untrained"] = 0.0
 
     console.rule("judged on digits that nothing was trained or tuned on")
@@ -110,6 +111,10 @@ _REGRESSION: dict[str, Any] = dict(
 )
 
 
+def _shape(config: QuickstartConfig) -> dict[str, int]:
+    return _SMOKE_SHAPE if config.smoke else _SHAPE
+
+
 def _train_teacher(path: Path, config: QuickstartConfig) -> Path:
     """A small ViT with supervision, by the ordinary loop."""
     optimisation = OptimisationConfig(
@@ -126,7 +131,7 @@ def _train_teacher(path: Path, config: QuickstartConfig) -> Path:
     accelerator = make_accelerator(runtime)
     run = RunFolder(path, {"command": "quickstart", **asdict(optimisation), **asdict(views), **asdict(runtime)})
     torch.manual_seed(config.seed)
-    model = timm.create_model("vit_tiny_patch16_224", num_heads=3, num_classes=10, **_SHAPE)
+    model = timm.create_model("vit_tiny_patch16_224", num_heads=2, num_classes=10, **_shape(config))
     run.prepare(resume="auto", writes=accelerator.is_main_process)
     data = prepare_data(
         source,

@@ -24,19 +24,21 @@ def readout_cosine(student: Tensor, teacher: Tensor, *, ridge: float = 1e-3) -> 
     """How well the teacher's tokens can be read linearly from the student's: cosine on tokens not used for the fit.
 
     The two models have different axes and widths, so a linear map is fitted by ridge regression on the first half of the
-    rows and the cosine to the (centred) teacher tokens is taken on the second half. It needs no trained projection, so
-    students of any objective, and untrained ones, are measured alike. Rows in image order keep the halves' images apart.
+    images and the cosine to the (centred) teacher tokens is taken on the second half. It needs no trained projection, so
+    students of any objective, and untrained ones, are measured alike. With fewer tokens to fit on than the student is wide
+    it reads too low.
 
     Args:
-        student: ``[M, D_s]``.
-        teacher: ``[M, D_t]``, the same tokens.
+        student: ``[images, tokens, D_s]``; of a single image, the tokens are halved instead.
+        teacher: ``[images, tokens, D_t]``, the same tokens.
         ridge: relative to the mean squared student feature.
 
     Returns:
         Mean cosine in [-1, 1].
     """
-    half = len(student) // 2
-    x, y = student.double(), teacher.double()
+    images, tokens = student.shape[:2]
+    half = max(1, images // 2 * tokens if images > 1 else tokens // 2)
+    x, y = student.flatten(0, 1).double(), teacher.flatten(0, 1).double()
     x, y = x - x[:half].mean(0), y - y[:half].mean(0)
     gram = x[:half].T @ x[:half]
     strength = ridge * gram.diagonal().mean().clamp_min(1e-12)

@@ -38,9 +38,7 @@ def _cfg(img_size: int = 224) -> dict[str, Any]:
         interpolation="bicubic",
         first_conv="patch_embed.proj",
         classifier="head",
-        license="apache-2.0",
         paper_ids="arXiv:2410.07599",
-        paper_name="Causal Image Modeling for Efficient Visual Understanding",
     )
 
 

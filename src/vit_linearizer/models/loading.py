@@ -3,11 +3,17 @@
 Weights load as tensors only (safetensors, or ``torch.load`` with ``weights_only=True``); nothing is ever unpickled.
 """
 
+import contextlib
 import os
 import shutil
+import socket
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import timm
 import torch.nn as nn
 from timm.models import save_for_hf
@@ -34,8 +40,10 @@ def load(run: str | os.PathLike[str]) -> nn.Module:
 
 def model_folder(path: str | os.PathLike[str]) -> Path | None:
     """The timm model folder that a run folder or model folder stands for, or None."""
-    candidates = (Path(path) / "model", Path(path))
-    return next((folder for folder in candidates if (folder / "config.json").is_file() and _has_weights(folder)), None)
+    for folder in (Path(path) / "model", Path(path)):
+        if (folder / "config.json").is_file() and _has_weights(folder):
+            return folder
+    return None
 
 
 def _has_weights(folder: Path) -> bool:
@@ -75,40 +83,66 @@ def create_backbone(
     Raises:
         UserError: unknown name, missing file, weights that do not fit, or no network to fetch them.
     """
-    path = Path(name)
+    timm_name, brings_weights, overlay = _resolve(name, field, architecture)
+    return _create(name, field, timm_name, pretrained or brings_weights, **overlay, **model_args)
+
+
+def probe_backbone(name: str, *, field: str, architecture: str | None = None, **model_args: Any) -> nn.Module:
+    """`create_backbone` without weights or memory (on the meta device), to ask for sizes and to check a name early."""
+    timm_name, _, _ = _resolve(name, field, architecture)
+    return _create(name, field, timm_name, False, device="meta", **model_args)
+
+
+def _resolve(name: str, field: str, architecture: str | None) -> tuple[str, bool, dict[str, Any]]:
+    """What timm calls it, whether it brings its own weights, and arguments that say where they are."""
+    path = Path(name.removeprefix("local-dir:"))
     if path.is_file():
         if architecture is None:
             raise UserError(field, name, f"is a weight file; name its architecture too: {field}-arch vit_base_patch16_224")
         _check_known(architecture, f"{field}-arch")
-        model_args["pretrained_cfg_overlay"] = {"file": str(path), "source": None}
-        name, pretrained = architecture, True
-    elif path.is_dir():
+        return architecture, True, {"pretrained_cfg_overlay": {"file": str(path)}}
+    if path.is_dir() or name.startswith("local-dir:"):
         folder = model_folder(path)
         if folder is None:
-            raise UserError(field, name, "is a folder without model/config.json and weights")
-        name, pretrained = f"local-dir:{folder}", True
-    elif name.startswith("local-dir:"):
-        if model_folder(name.removeprefix("local-dir:")) is None:
-            raise UserError(field, name, "no such folder with config.json and weights in it")
-        name, pretrained = f"local-dir:{model_folder(name.removeprefix('local-dir:'))}", True
-    elif path.suffix in _WEIGHT_FILES and path.suffix:
+            raise UserError(field, name, "no config.json with weights there; give a run folder or a timm model folder")
+        return f"local-dir:{folder}", True, {}
+    if path.suffix in _WEIGHT_FILES:
         raise UserError(field, name, "no such file")
-    elif not name.startswith("hf-hub:"):
+    if not name.startswith("hf-hub:"):
         _check_known(name, field)
+    return name, False, {}
+
+
+def _create(name: str, field: str, timm_name: str, pretrained: bool, **model_args: Any) -> nn.Module:
     try:
-        return timm.create_model(name, pretrained=pretrained, **model_args)
+        with _offline_when_unreachable():
+            return timm.create_model(timm_name, pretrained=pretrained, **model_args)
     except (TypeError, ValueError, AssertionError) as error:
-        raise UserError(field, name, f"could not be built: {error}") from error
+        raise UserError(field, name, f"could not be built: {_one_line(error)}") from error
     except Exception as error:  # the hub client has no common base class for being offline
-        if not pretrained:
+        if isinstance(error, RuntimeError) and "state_dict" in str(error):
+            raise UserError(field, name, f"its weights do not fit the architecture: {_one_line(error)}") from error
+        if isinstance(error, Warning) or not (pretrained or timm_name.startswith("hf-hub:")):
             raise
-        if isinstance(error, RuntimeError) and "size mismatch" in str(error) or "Missing key" in str(error):
-            raise UserError(field, name, f"its weights do not fit the architecture: {_first_lines(error)}") from error
-        remedy = (
-            f"its weights could not be loaded ({type(error).__name__}: {_first_lines(error)}); without network, give a local"
-            f" weight file with {field}-arch, or {field.replace('--', '--no-')}-pretrained for random weights"
-        )
+        remedy = f"its weights could not be fetched ({type(error).__name__}); without network, give a local file with {field}-arch"
+        remedy += ", or --no-teacher-pretrained for random weights" if field == "--teacher" else ""
         raise UserError(field, name, remedy) from error
+
+
+@contextlib.contextmanager
+def _offline_when_unreachable() -> Iterator[None]:
+    """Where the hub's name cannot be resolved, use its local cache at once instead of retrying for most of a minute."""
+    before = huggingface_hub.constants.HF_HUB_OFFLINE
+    host = urllib.parse.urlsplit(huggingface_hub.constants.ENDPOINT).hostname
+    if not before and not urllib.request.getproxies():
+        try:
+            socket.getaddrinfo(host, 443)
+        except OSError:
+            huggingface_hub.constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        huggingface_hub.constants.HF_HUB_OFFLINE = before
 
 
 def _check_known(name: str, field: str) -> None:
@@ -121,5 +155,5 @@ def _check_known(name: str, field: str) -> None:
     raise UserError(field, name, f"unknown model{did_you_mean(name, timm.list_models() + timm.list_pretrained())}")
 
 
-def _first_lines(error: Exception) -> str:
+def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:300]

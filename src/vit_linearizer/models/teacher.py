@@ -1,6 +1,6 @@
 """The frozen teacher: any plain timm ViT with its own normalisation and its own image size.
 
-Source: ViT-Linearizer (arXiv 2504.00037, sections 3.1 and 4.1). A `Teacher` is not an ``nn.Module``: placed in a module
+Source: ViT-Linearizer (arXiv 2504.00037, figure 2 and section 4.1). A `Teacher` is not an ``nn.Module``: placed in a module
 it shows up neither in parameters nor in the state dict, and ``train()`` does not reach it.
 """
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..contracts import Features, UserError
 from .adapters import check_plain, extract_features, patch_grid, patch_size
-from .loading import create_backbone
+from .loading import create_backbone, probe_backbone
 
 
 class Teacher:
@@ -64,7 +64,7 @@ def agreeing_size(
     Raises:
         UserError: unknown or unfit model, or the size asked for gives another grid; the message names the one that does not.
     """
-    probe = create_backbone(name, field="--teacher", architecture=architecture, pretrained=False, device="meta")
+    probe = probe_backbone(name, field="--teacher", architecture=architecture)
     check_plain(probe, name)
     height, width = patch_size(probe)
     agreeing = (student_grid[0] * height, student_grid[1] * width)

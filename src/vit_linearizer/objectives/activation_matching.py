@@ -70,5 +70,5 @@ def _stage_map(stage: Features, mask: Tensor | None, tokens: MatchedTokens) -> T
     if tokens != "class":
         return activation_map(patches)
     if stage.class_token is None:
-        raise UserError("--activation-matching-tokens", "class", "needs a teacher with a class token; use visible or all")
+        raise UserError("--activation-matching-tokens", "class", "needs models with a class token; use visible or all")
     return activation_map(patches, stage.class_token[:, None])

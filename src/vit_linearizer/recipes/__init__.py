@@ -1,4 +1,4 @@
-"""The papers' tables as values, by name. A recipe is a function of the student's name, since tables differ by size."""
+"""The papers' tables as values, by name. A recipe is a function of the student's architecture, since tables differ by size."""
 
 from collections.abc import Callable
 
@@ -14,15 +14,15 @@ RECIPES: dict[str, Callable[[str], DistillationRecipe]] = {
 }
 
 
-def find_recipe(name: str, student: str) -> DistillationRecipe:
-    """A recipe by name, for a student.
+def find_recipe(name: str, architecture: str) -> DistillationRecipe:
+    """A recipe by name, for a student of an architecture (its timm name).
 
     Raises:
         UserError: there is none of that name.
     """
     if name not in RECIPES:
         raise UserError("--recipe", name, f"unknown recipe; there are {', '.join(RECIPES)}{did_you_mean(name, RECIPES)}")
-    return RECIPES[name](student)
+    return RECIPES[name](architecture)
 
 
 __all__ = ["RECIPES", "DistillationRecipe", "find_recipe"]

@@ -15,9 +15,9 @@ from ..training.config import OptimisationConfig
 from .base import DistillationRecipe
 
 
-def linearizer(student: str) -> DistillationRecipe:
+def linearizer(architecture: str) -> DistillationRecipe:
     """Table 8: its Small/Base column, or its Large column for a large student; tiny, which it lacks, takes Small/Base."""
-    large = "_large_" in student
+    large = "_large_" in architecture
     return DistillationRecipe(
         optimisation=OptimisationConfig(
             epochs=300,
@@ -36,7 +36,7 @@ def linearizer(student: str) -> DistillationRecipe:
     )
 
 
-def regression(student: str) -> DistillationRecipe:
+def regression(architecture: str) -> DistillationRecipe:
     """The baseline: the same training with plain final-feature regression on unmasked images instead."""
     objectives = DistillationConfig(
         mask_ratio=0.0,
@@ -44,13 +44,13 @@ def regression(student: str) -> DistillationRecipe:
         masked_prediction_weight=0.0,
         feature_regression_weight=1.0,
     )
-    return replace(linearizer(student), objectives=objectives)
+    return replace(linearizer(architecture), objectives=objectives)
 
 
-def digits(student: str) -> DistillationRecipe:
+def digits(architecture: str) -> DistillationRecipe:
     """`linearizer` for the quickstart's small pictures: minutes on two cores. Digits are not mirrored or recoloured."""
     return replace(
-        linearizer(student),
+        linearizer(architecture),
         optimisation=OptimisationConfig(
             epochs=28,
             batch_size=64,
@@ -65,9 +65,9 @@ def digits(student: str) -> DistillationRecipe:
     )
 
 
-def smoke(student: str) -> DistillationRecipe:
+def smoke(architecture: str) -> DistillationRecipe:
     """A few seconds: one epoch of tiny batches, to see that everything runs."""
     optimisation = OptimisationConfig(
         epochs=1, batch_size=4, learning_rate=1e-3, minimum_learning_rate=1e-5, warmup_epochs=0
     )
-    return replace(linearizer(student), optimisation=optimisation, scales_learning_rate=False)
+    return replace(linearizer(architecture), optimisation=optimisation, scales_learning_rate=False)

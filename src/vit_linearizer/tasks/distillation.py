@@ -21,8 +21,8 @@ from ..models.teacher import Teacher
 from ..objectives import FeatureRegression, MaskedPrediction, MatchedTokens, Masking, Target, activation_matching
 from .base import Task, compile_each_block
 
-#: Tokens of a held-out image that enter the read-out cosine, evenly spaced.
-_READOUT_TOKENS = 16
+#: Tokens that enter the read-out cosine, over all held-out images; at least so many of each image.
+_READOUT_TOKENS, _READOUT_LEAST = 8192, 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +80,7 @@ class Distillation(Task):
         config: objectives and masks.
 
     Raises:
-        UserError: the class token's row is asked for and a model has none.
+        UserError: the class token's row is asked for and the teacher has none.
     """
 
     def __init__(self, student: nn.Module, teacher: Teacher, config: DistillationConfig):
@@ -174,9 +174,10 @@ class Distillation(Task):
             for name, value in values.items():
                 sums[name] = sums.get(name, 0.0) + size * float(value)
             images += size
-            chosen = torch.linspace(0, whole.tokens.shape[1] - 1, min(_READOUT_TOKENS, whole.tokens.shape[1])).long()
-            student_tokens.append(whole.tokens[:, chosen].flatten(0, 1).float().cpu())
-            teacher_tokens.append(teacher.tokens[:, chosen].flatten(0, 1).float().cpu())
+            count = max(_READOUT_LEAST, _READOUT_TOKENS // len(held_out.dataset))  # type: ignore[arg-type]
+            chosen = torch.randperm(whole.tokens.shape[1], generator=torch.Generator().manual_seed(0))[:count]
+            student_tokens.append(whole.tokens[:, chosen].float().cpu())
+            teacher_tokens.append(teacher.tokens[:, chosen].float().cpu())
             pooled.append(whole.pooled.float().cpu())
             if "labels" in batch:
                 labels.append(batch["labels"].cpu())

@@ -8,7 +8,6 @@ import contextlib
 import logging
 import math
 import os
-import resource
 import signal
 import time
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from types import FrameType, TracebackType
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 import torch.nn as nn
 from accelerate import Accelerator
@@ -37,6 +37,8 @@ from .run_folder import MetricsWriter, RunFolder
 
 logger = logging.getLogger("vit_linearizer")
 
+_NOT_FINITE = "not finite; the last good checkpoint is kept; try a lower --learning-rate or --precision fp32"
+
 
 def make_accelerator(runtime: RuntimeConfig, *, find_unused: bool = False) -> Accelerator:
     """accelerate's view of this machine.
@@ -47,9 +49,9 @@ def make_accelerator(runtime: RuntimeConfig, *, find_unused: bool = False) -> Ac
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if not available.get(runtime.device, True):
         raise UserError("--device", runtime.device, "not available here; use auto or cpu (vit-linearizer doctor tells why)")
-    on_gpu = runtime.device == "cuda" or (runtime.device == "auto" and available["cuda"])
     precision = runtime.precision
     if precision == "auto":
+        on_gpu = runtime.device == "cuda" or (runtime.device == "auto" and available["cuda"])
         precision = "bf16" if on_gpu and torch.cuda.is_bf16_supported() else "fp32"
     if not torch.distributed.is_initialized():
         AcceleratorState._reset_state(reset_partial_state=True)  # an earlier run of this process may have used another
@@ -174,6 +176,8 @@ def train(
         logger.info("held out, step %d: %s", progress.step, "  ".join(f"{k} {v:.4g}" for k, v in values.items()))
         name, lower = task.score
         score = values[name] if lower else -values[name]
+        if not math.isfinite(score):
+            raise UserError("held-out loss", f"{values[name]} at step {progress.step}", _NOT_FINITE)
         if progress.step > 0 and (progress.best_score is None or score < progress.best_score):
             progress.best_score, progress.best_step = score, progress.step
             if run.writes:
@@ -206,13 +210,14 @@ def train(
                     learning_rate = max(group["lr"] for group in raw_optimizer.param_groups)
                     values = {"epoch": progress.step / per_epoch, **terms, "learning_rate": learning_rate}
                     metrics.write(
-                        progress.step, "train", {**values, **speed, "memory_gib": _peak_memory_gib(accelerator.device)}
+                        progress.step, "train", {**values, **speed, "memory_gib": _memory_gib(accelerator.device)}
                     )
                 line.update(progress.step, loss=terms["loss"], **speed)
                 epochs, beyond = divmod(progress.step, per_epoch)
                 if progress.step == total or (beyond == 0 and epochs % runtime.evaluate_every == 0):
-                    evaluate()
-                    save()
+                    with clock.paused():
+                        evaluate()
+                        save()
                 elif beyond == 0 or _agree(accelerator, time.monotonic() - saved_at > 60 * runtime.checkpoint_minutes):
                     save()
                 if stop.requested:
@@ -224,7 +229,7 @@ def train(
         metrics.close()
         if run.writes:
             SkippedList(run.skipped).tidy()
-    logger.info("%s: done, %d steps, %s in this part", title, total, duration(clock.elapsed))
+    logger.info("%s: done, %d steps, the last %d in %s", title, total, clock.steps, duration(clock.elapsed))
     accelerator.wait_for_everyone()
     return run.read_evaluation()
 
@@ -243,6 +248,14 @@ class _Clock:
     @property
     def elapsed(self) -> float:
         return time.perf_counter() - self.started
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave something out of the speed: an evaluation."""
+        before = time.perf_counter()
+        yield
+        pause = time.perf_counter() - before
+        self.started, self.last = self.started + pause, self.last + pause
 
     def tick(self, waited: float) -> dict[str, float]:
         """Count a step: its seconds, images per second and share of time spent waiting for data, both over the loop."""
@@ -289,8 +302,7 @@ def _optimise(
     values = dict(zip(sums, together, strict=True))
     for name, value in reversed(values.items()):
         if not math.isfinite(value):
-            remedy = "not finite; the last good checkpoint is kept; try a lower --learning-rate or --precision fp32"
-            raise UserError("loss", f"{name} = {value} at step {step + 1}", remedy)
+            raise UserError("loss", f"{name} = {value} at step {step + 1}", _NOT_FINITE)
     if optimisation.clip_norm is not None:
         accelerator.clip_grad_norm_(model.parameters(), optimisation.clip_norm)
     optimizer.step()
@@ -310,11 +322,11 @@ def _agree(accelerator: Accelerator, wish: bool) -> bool:
     return bool(accelerator.reduce(flag, reduction="sum").item())
 
 
-def _peak_memory_gib(device: torch.device) -> float:
-    """Peak memory so far: allocated on a GPU, resident of the process elsewhere."""
+def _memory_gib(device: torch.device) -> float:
+    """The most allocated so far on a GPU; elsewhere what the process holds now."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return psutil.Process().memory_info().rss / 2**30
 
 
 class _StopRequest:
