@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from ..ops import choose_scan
+from ..training.loop import choose_precision
 
 logger = logging.getLogger("vit_linearizer")
 
@@ -56,6 +57,7 @@ def doctor(config: DoctorConfig) -> dict[str, str]:
         device = torch.device("mps")
         findings["mps"] = "available"
     findings["device"] = f"{device.type} (what --device auto takes)"
+    findings["precision"] = "{}: {}".format(*choose_precision(device.type))
     name, reason = choose_scan(device)
     findings["scan"] = f"{name}: {reason}"
     for module, (extra, purpose) in _OPTIONAL.items():

@@ -131,7 +131,7 @@ def _train_teacher(path: Path, config: QuickstartConfig) -> Path:
     accelerator = make_accelerator(runtime)
     run = RunFolder(path, {"command": "quickstart", **asdict(optimisation), **asdict(views), **asdict(runtime)})
     torch.manual_seed(config.seed)
-    model = timm.create_model("vit_tiny_patch16_224", num_heads=2, num_classes=10, **_shape(config))
+    model = timm.create_model("vit_tiny_patch16_224", num_heads=_shape(config)["embed_dim"] // 32, num_classes=10, **_shape(config))
     run.prepare(resume="auto", writes=accelerator.is_main_process)
     data = prepare_data(
         source,

@@ -24,7 +24,7 @@ def stage_ends(depth: int, stages: int) -> list[int]:
     A choice: the paper (section 3.2) cuts both models into K stages without saying where.
     """
     if not 1 <= stages <= depth:
-        raise UserError("stages", stages, f"must be between 1 and the backbone's {depth} blocks")
+        raise UserError("--stages", stages, f"must be between 1 and the backbone's {depth} blocks")
     return [math.floor((k + 1) * depth / stages) - 1 for k in range(stages)]
 
 

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from ..contracts import Features, LossOutput, UserError
 from ..data.datasets import to_device
 from ..evaluation import activation_agreement, collect_features, knn_accuracy, readout_cosine
-from ..models.adapters import extract_features
+from ..models.adapters import extract_features, stage_ends
 from ..models.teacher import Teacher
 from ..objectives import FeatureRegression, MaskedPrediction, MatchedTokens, Masking, Target, activation_matching
 from .base import Task, compile_each_block
@@ -80,7 +80,7 @@ class Distillation(Task):
         config: objectives and masks.
 
     Raises:
-        UserError: the class token's row is asked for and the teacher has none.
+        UserError: more stages than blocks, or the class token's row is asked for and the teacher has none.
     """
 
     def __init__(self, student: nn.Module, teacher: Teacher, config: DistillationConfig):
@@ -88,6 +88,8 @@ class Distillation(Task):
         self.student = student
         self.teacher = teacher
         self.config = config
+        for backbone in (student, teacher.model):
+            stage_ends(len(backbone.feature_info), config.stages)  # type: ignore[arg-type]  # refuses too many stages
         dim = int(student.num_features)  # type: ignore[arg-type]
         self.mask_token: nn.Parameter | None = None
         if config.mask_ratio > 0:

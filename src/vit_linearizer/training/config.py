@@ -49,7 +49,7 @@ class RuntimeConfig:
     Attributes:
         seed: of everything random.
         device: where to train.
-        precision: arithmetic of forward and backward; ``auto`` is bf16 on a GPU that has it, else fp32.
+        precision: arithmetic of forward and backward; ``auto`` is bf16 where the device has it, else fp32.
         num_workers: processes that load images; None for a choice that fits the device.
         gradient_accumulation: parts that a process's share of a batch is cut into.
         gradient_checkpointing: recompute blocks in the backward pass, for less memory.

@@ -49,10 +49,8 @@ def make_accelerator(runtime: RuntimeConfig, *, find_unused: bool = False) -> Ac
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if not available.get(runtime.device, True):
         raise UserError("--device", runtime.device, "not available here; use auto or cpu (vit-linearizer doctor tells why)")
-    precision = runtime.precision
-    if precision == "auto":
-        on_gpu = runtime.device == "cuda" or (runtime.device == "auto" and available["cuda"])
-        precision = "bf16" if on_gpu and torch.cuda.is_bf16_supported() else "fp32"
+    on_gpu = runtime.device == "cuda" or (runtime.device == "auto" and available["cuda"])
+    precision = choose_precision("cuda" if on_gpu else "cpu")[0] if runtime.precision == "auto" else runtime.precision
     if not torch.distributed.is_initialized():
         AcceleratorState._reset_state(reset_partial_state=True)  # an earlier run of this process may have used another
     accelerator = Accelerator(
@@ -63,6 +61,15 @@ def make_accelerator(runtime: RuntimeConfig, *, find_unused: bool = False) -> Ac
     if not accelerator.is_main_process:
         logger.setLevel(logging.ERROR)
     return accelerator
+
+
+def choose_precision(device: str) -> tuple[str, str]:
+    """What ``--precision auto`` means on a kind of device (``cuda``, else the CPU), and why."""
+    if device == "cuda":
+        native = torch.cuda.is_bf16_supported()
+        return ("bf16", "this GPU computes in bf16") if native else ("fp32", "this GPU has no bf16")
+    native = any(getattr(torch.cpu, name, bool)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+    return ("bf16", "this CPU has bf16 instructions") if native else ("fp32", "this CPU has no bf16 instructions")
 
 
 def fit_batch(batch_size: int, images: int, parts: int) -> int:
@@ -170,8 +177,7 @@ def train(
     saved_at = time.monotonic()
 
     def evaluate() -> None:
-        with accelerator.autocast():
-            values = task.evaluate(data.held_out, data.bank, accelerator.device)
+        values = task.evaluate(data.held_out, data.bank, accelerator.device)  # in fp32, whatever the training does
         metrics.write(progress.step, "held_out", {"epoch": progress.step / per_epoch, **values})
         logger.info("held out, step %d: %s", progress.step, "  ".join(f"{k} {v:.4g}" for k, v in values.items()))
         name, lower = task.score
