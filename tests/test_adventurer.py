@@ -476,6 +476,16 @@ def test_saved_model_is_the_same_when_loaded(tmp_path, options):
     assert torch.equal(load_folder(tmp_path / "model")(images()), changed(images())), "a second time replaces the first"
 
 
+def test_resized_model_is_saved_at_its_new_size(tmp_path):
+    model = small_model()
+    model.set_input_size((24, 40), patch_size=4)
+    save_model_folder(model, tmp_path / "model")
+    loaded = load_folder(tmp_path / "model")
+    assert loaded.patch_embed.grid_size == (6, 10)
+    assert torch.equal(loaded.pos_embed, model.pos_embed)
+    assert torch.equal(loaded(images()), model(images()))
+
+
 def test_saved_model_loads_with_another_head(tmp_path):
     model = small_model()
     save_model_folder(model, tmp_path / "model")

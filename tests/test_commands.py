@@ -50,8 +50,14 @@ def test_help(command: str, capsys: pytest.CaptureFixture) -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"teacher": "vit_tny_patch16_224"}, r"--teacher vit_tny_patch16_224: unknown model; did you mean vit_tiny_patch16_224"),
-        ({"student": "adventurer_tiny"}, r"--student adventurer_tiny: unknown model; did you mean adventurer_tiny_patch16_224"),
+        (
+            {"teacher": "vit_tny_patch16_224"},
+            r"--teacher vit_tny_patch16_224: unknown model; did you mean vit_tiny_patch16_224",
+        ),
+        (
+            {"student": "adventurer_tiny"},
+            r"--student adventurer_tiny: unknown model; did you mean adventurer_tiny_patch16_224",
+        ),
         ({"teacher": "nowhere.safetensors"}, r"--teacher nowhere.safetensors: no such file"),
         ({"teacher": "swin_tiny_patch4_window7_224"}, r"is not a plain backbone"),
         ({"recipe": "linearizr"}, r"--recipe linearizr: unknown recipe.*did you mean linearizer"),
@@ -118,7 +124,9 @@ def test_out_in_use_by_another_configuration(distill_arguments, capsys: pytest.C
     assert "seed (0 there, 3 here)" in error
 
 
-def test_dry_run_describes_and_stops(distill_arguments, photos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_dry_run_describes_and_stops(
+    distill_arguments, photos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     assert main([*distill_arguments(), "--dry-run"]) == 0
     assert not (tmp_path / "run").exists()
     said = caplog.text
@@ -203,7 +211,9 @@ def readme_commands() -> list[str]:
     for page in (REPO / "README.md", *sorted((REPO / "docs").glob("*.md"))):
         for block in re.findall(r"```(?:sh|bash|console)\n(.*?)```", page.read_text(), re.DOTALL):
             joined = block.replace("\\\n", " ")
-            found += [" ".join(line.split()) for line in joined.splitlines() if line.startswith(("vit-linearizer ", "make "))]
+            found += [
+                " ".join(line.split()) for line in joined.splitlines() if line.startswith(("vit-linearizer ", "make "))
+            ]
     return sorted(set(found))
 
 

@@ -202,43 +202,57 @@ def orthogonal(dim: int, seed: int = 0) -> Tensor:
     return torch.linalg.qr(normal(dim, dim, seed=seed).double()).Q.float()
 
 
+def readout(student: Tensor, teacher: Tensor, *, tokens: int = 4, **values) -> float:
+    """`readout_cosine` of rows, so many to an image."""
+    return readout_cosine(student.unflatten(0, (-1, tokens)), teacher.unflatten(0, (-1, tokens)), **values)
+
+
 def test_readout_finds_a_teacher_that_is_a_linear_map_of_the_student():
     teacher = normal(400, 8)
     student = teacher @ (orthogonal(8) * torch.linspace(0.5, 2, 8)) + 3.0
-    assert readout_cosine(student, teacher, ridge=1e-6) > 0.9999
-    assert readout_cosine(student, teacher) > 0.999
-    narrow = readout_cosine(student[:, :4], teacher)
+    assert readout(student, teacher, ridge=1e-6) > 0.9999
+    assert readout(student, teacher) > 0.999
+    narrow = readout(student[:, :4], teacher)
     assert 0.4 < narrow < 0.95  # half of the directions are missing
 
 
 def test_readout_finds_nothing_in_independent_noise():
-    assert abs(readout_cosine(normal(4000, 6), normal(4000, 8, seed=1))) < 0.05
+    assert abs(readout(normal(4000, 6), normal(4000, 8, seed=1))) < 0.05
 
 
 def test_readout_is_judged_on_rows_that_were_not_fitted():
     """As many channels as fitted rows: the fit is perfect on its half and worth nothing on the other."""
-    assert abs(readout_cosine(normal(200, 100), normal(200, 8, seed=1), ridge=1e-8)) < 0.2
+    assert abs(readout(normal(200, 100), normal(200, 8, seed=1), ridge=1e-8)) < 0.2
+
+
+@pytest.mark.parametrize(("images", "tokens", "fitted"), [(4, 3, 6), (5, 3, 6), (3, 6, 6), (1, 12, 6), (1, 13, 6)])
+def test_readout_is_fitted_on_the_first_half_of_the_images(images, tokens, fitted):
+    """The first half is the teacher, the other its negative, and so large that a single row of it would turn the fit."""
+    start = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0], [1.0, 1.0], [-1.0, -1.0]])
+    teacher = torch.cat([start, 1000 * normal(images * tokens - fitted, 2)])
+    student = teacher * torch.where(torch.arange(len(teacher)) < fitted, 1.0, -1.0)[:, None]
+    assert readout(student, teacher, tokens=tokens) == pytest.approx(-1, abs=1e-4)
 
 
 def test_readout_sees_neither_scale_nor_rotation_nor_offset_of_the_student():
     teacher = normal(300, 8)
     student = teacher[:, :5] + normal(300, 5, seed=1)
-    expected = readout_cosine(student, teacher)
+    expected = readout(student, teacher)
     assert 0.2 < expected < 0.9
     for other in (1000 * student, 1e-3 * student, student @ orthogonal(5), -student, student + 10):
-        assert readout_cosine(other, teacher) == pytest.approx(expected, abs=1e-4)
-    assert readout_cosine(student, 5 * teacher @ orthogonal(8, seed=2)) == pytest.approx(expected, abs=1e-4)
+        assert readout(other, teacher) == pytest.approx(expected, abs=1e-4)
+    assert readout(student, 5 * teacher @ orthogonal(8, seed=2)) == pytest.approx(expected, abs=1e-4)
 
 
 def test_readout_is_not_fooled_by_a_shared_mean():
     """Noise around a large common offset has a plain cosine of nearly 1."""
     student, teacher = normal(4000, 6) + 50, normal(4000, 6, seed=1) + 50
     assert torch.cosine_similarity(student, teacher, dim=1).mean() > 0.99
-    assert abs(readout_cosine(student, teacher)) < 0.05
+    assert abs(readout(student, teacher)) < 0.05
 
 
 def test_readout_survives_a_dead_student():
-    assert readout_cosine(torch.zeros(100, 4), normal(100, 6)) == 0
+    assert readout(torch.zeros(100, 4), normal(100, 6)) == 0
 
 
 # --- on models

@@ -147,17 +147,20 @@ def test_chunked_takes_output_gradients_of_any_strides(layout):
     assert_same(actual, outputs_and_gradients(ops.ssd_reference, inputs, weight))
 
 
-def test_long_memory_and_sudden_forgetting_stay_finite():
-    """Decays that underflow to zero must not turn into NaN above the diagonal, nor in the gradients."""
+@pytest.mark.parametrize("compiled", [False, True])
+def test_long_memory_and_sudden_forgetting_stay_finite(compiled):
+    """Decays that underflow to zero overflow above the diagonal, which must not turn into NaN, nor in the gradients."""
+    torch._dynamo.reset()
     x, dt, A, B, C, D = scan_inputs(65)
     dt[:, ::5] *= 1e3
     dt[:, 1::5] *= 1e-6
     inputs = (x, dt, A, B, C, D)
     scan = functools.partial(ops.ssd_chunked, chunk_size=16)
+    scan = torch.compile(scan, backend="aot_eager", fullgraph=True) if compiled else scan
     assert_same(outputs_and_gradients(scan, inputs), outputs_and_gradients(ops.ssd_reference, inputs), tolerance=1e-9)
 
 
-@pytest.mark.parametrize(("dtype", "bound", "gradient_bound"), [(torch.float32, 2e-6, 5e-6), (torch.bfloat16, 0.01, 0.02)])
+@pytest.mark.parametrize(("dtype", "bound", "gradient_bound"), [(torch.float32, 5e-6, 2e-5), (torch.bfloat16, 0.01, 0.02)])
 def test_error_of_lower_precision(dtype, bound, gradient_bound):
     """Against float64 on the same rounded inputs; steps, decays and skips stay in fp32, as in the mixer."""
     x, dt, A, B, C, D = scan_inputs(197, heads=4, head_dim=16, state_dim=16)

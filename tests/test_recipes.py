@@ -58,7 +58,9 @@ def test_linearizer_is_table_8(size, column, patch):
 
 def test_the_default_recipe_of_distill_is_the_papers():
     config = DistillConfig(teacher="t", student="adventurer_large_patch16_224", data="d", out="o")
-    assert resolve_recipe(config) == find_recipe("linearizer", "adventurer_large_patch16_224")
+    assert resolve_recipe(config, "adventurer_large_patch16_224") == find_recipe(
+        "linearizer", "adventurer_large_patch16_224"
+    )
 
 
 def test_regression_differs_in_its_objectives_alone():
@@ -201,8 +203,8 @@ def test_small_recipes_do_not_scale_their_learning_rates(name):
 
 #: Flags that say which run it is; all others are a recipe's values or the machine's (`RuntimeConfig`).
 OF_THE_RUN = {
-    "teacher", "student", "data", "out", "recipe", "teacher_arch", "teacher_pretrained", "student_args", "image_size",
-    "teacher_image_size", "dry_run", "debug",
+    "teacher", "student", "data", "out", "recipe", "teacher_arch", "teacher_pretrained", "student_arch", "student_args",
+    "image_size", "teacher_image_size", "dry_run", "debug",
 }  # fmt: skip
 #: Values of a recipe without a flag, and why.
 WITHOUT_FLAG = {
@@ -227,7 +229,18 @@ def test_every_flag_reaches_the_recipe_and_every_value_has_a_flag():
 def test_each_flag_changes_its_value_and_is_unset_by_default(name):
     base = {"teacher": "t", "student": STUDENT, "data": "d", "out": "o"}
     assert getattr(DistillConfig(**base), name) is None
-    assert resolve_recipe(DistillConfig(**base, **{name: OTHER[name]})).flat()[name] == OTHER[name]
+    assert resolve_recipe(DistillConfig(**base, **{name: OTHER[name]}), STUDENT).flat()[name] == OTHER[name]
+
+
+@pytest.mark.parametrize("asked", [None, 512])
+def test_too_few_images_scale_the_learning_rates_that_were_not_given(asked):
+    base = {"teacher": "t", "student": STUDENT, "data": "d", "out": "o", "batch_size": asked}
+    scaled = resolve_recipe(DistillConfig(**base), STUDENT, 32).optimisation
+    assert scaled == find_recipe("linearizer", STUDENT).at_batch_size(32).optimisation
+    lowest = resolve_recipe(DistillConfig(**base, minimum_learning_rate=1e-6), STUDENT, 32).optimisation
+    assert (lowest.minimum_learning_rate, lowest.learning_rate) == (1e-6, scaled.learning_rate)
+    given = resolve_recipe(DistillConfig(**base, learning_rate=4e-4), STUDENT, 32).optimisation
+    assert (given.batch_size, given.learning_rate, given.minimum_learning_rate) == (32, 4e-4, 1e-5)
 
 
 # --- what is refused

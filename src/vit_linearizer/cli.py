@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         if "--debug" in arguments:
             raise
-        print(f"vit-linearizer: error: {error}", file=sys.stderr)
+        sys.stderr.write(f"vit-linearizer: error: {error}\n")
         return 2
     except KeyboardInterrupt:
         return 130

@@ -9,14 +9,13 @@ from typing import Any
 import torch
 import torch.nn as nn
 
-from ..contracts import UserError
 from ..data.datasets import SkippedList, split_held_out
 from ..data.sources import ImageSource, open_source
 from ..data.views import Augmentation, MaskConfig
 from ..models.adapters import check_plain, nominal_size, patch_grid
 from ..models.loading import create_backbone, probe_backbone
 from ..models.teacher import agreeing_size, load_teacher
-from ..objectives import MatchedTokens, Masking, Target, masked_count
+from ..objectives import Masking, MatchedTokens, Target, masked_count
 from ..recipes import DistillationRecipe, find_recipe
 from ..tasks import Distillation
 from ..training.config import RuntimeConfig
@@ -52,7 +51,7 @@ class DistillConfig(RuntimeConfig):
         warmup_epochs: linear warm-up, at most a tenth of the run.
         clip_norm: largest gradient norm.
         drop_path: of the student's last block.
-        augmentation: three (ThreeAugment), crop or none.
+        augmentation: three (ThreeAugment), crop, affine (for pictures that a crop would change) or none.
         smallest_crop: smallest share of a picture that a crop keeps.
         horizontal_flip: probability of mirroring.
         repeats: repeated augmentation.
@@ -129,7 +128,7 @@ def distill(config: DistillConfig) -> Path:
         UserError: anything in the configuration that cannot work; found before the training starts.
     """
     student_args = parse_model_args("--student-args", config.student_args)
-    named = dict(field="--student", architecture=config.student_arch, num_classes=0)
+    named: dict[str, Any] = {"field": "--student", "architecture": config.student_arch}
     probe: Any = probe_backbone(config.student, **named, **student_args)
     check_plain(probe, config.student)
     architecture = probe.pretrained_cfg["architecture"]
@@ -226,14 +225,16 @@ def _describe(
     activations = _activation_bytes(task, image_size, hidden)
     weights = 4 * (4 * parameters["trained"] + parameters["teacher"])  # weights, gradients, two moments; fp32
     optimisation = recipe.optimisation
-    logger.info("student  %.1f M parameters, image %dx%d, %d x %d patches", parameters["student"] / 1e6, *image_size, *grid)
+    size = (*image_size, *grid)
+    logger.info("student  %.1f M parameters, image %dx%d, %d x %d patches", parameters["student"] / 1e6, *size)
     logger.info("teacher  %.1f M parameters, image %dx%d", parameters["teacher"] / 1e6, *task.teacher.image_size)
     logger.info("tokens   %d patches, %d hidden from the student", tokens, hidden)
     logger.info("images   %d found, %d skipped, %d to train on", len(source), len(source.skipped), images)
     logger.info("steps    %d epochs, %d steps of %d images, learning rate %.3g", optimisation.epochs,
                 total_steps(optimisation, images), optimisation.batch_size, optimisation.learning_rate)  # fmt: skip
+    gib = [size / 2**30 for size in (weights + per_process * activations, weights, activations)]
     logger.info("memory   about %.1f GiB a process in fp32 (%.1f weights and optimiser, %.2f for each of %d images)",
-                (weights + per_process * activations) / 2**30, weights / 2**30, activations / 2**30, per_process)  # fmt: skip
+                *gib, per_process)  # fmt: skip
 
 
 def _activation_bytes(task: Distillation, image_size: tuple[int, int], hidden: int) -> int:
@@ -255,5 +256,3 @@ def _activation_bytes(task: Distillation, image_size: tuple[int, int], hidden: i
 
 def _count(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
-
-

@@ -34,7 +34,7 @@ class DoctorConfig:
     debug: bool = False
 
 
-def doctor(config: DoctorConfig) -> dict[str, str]:
+def doctor(config: DoctorConfig) -> dict[str, str]:  # noqa: ARG001  # every command takes its configuration
     """Look at the machine; see `DoctorConfig`.
 
     Returns:

@@ -111,7 +111,7 @@ _REGRESSION: dict[str, Any] = dict(
 )
 
 
-def _shape(config: QuickstartConfig) -> dict[str, int]:
+def _shape(config: QuickstartConfig) -> dict[str, Any]:
     return _SMOKE_SHAPE if config.smoke else _SHAPE
 
 
@@ -124,14 +124,16 @@ def _train_teacher(path: Path, config: QuickstartConfig) -> Path:
         minimum_learning_rate=1e-5,
         warmup_epochs=2,
     )
-    views = ViewConfig(augmentation="crop", smallest_crop=0.6, horizontal_flip=0.0, repeats=1)
+    views = ViewConfig(augmentation="affine", repeats=1)
     runtime = RuntimeConfig(seed=config.seed, evaluate_every=5)
     source = DigitsSource("train")
     train_numbers, held_out_numbers = split_held_out(len(source), config.seed)
     accelerator = make_accelerator(runtime)
     run = RunFolder(path, {"command": "quickstart", **asdict(optimisation), **asdict(views), **asdict(runtime)})
     torch.manual_seed(config.seed)
-    model = timm.create_model("vit_tiny_patch16_224", num_heads=_shape(config)["embed_dim"] // 32, num_classes=10, **_shape(config))
+    model = timm.create_model(
+        "vit_tiny_patch16_224", num_heads=_shape(config)["embed_dim"] // 32, num_classes=10, **_shape(config)
+    )
     run.prepare(resume="auto", writes=accelerator.is_main_process)
     data = prepare_data(
         source,
@@ -173,7 +175,7 @@ def _table(results: dict[str, dict[str, float]]) -> Table:
     for heading in (*_COLUMNS.values(), "training"):
         table.add_column(heading, justify="right")
     for row, values in results.items():
-        cells = [f"{values[name]:.1f}" if name in values else "–" for name in _COLUMNS]
+        cells = [f"{values[name]:.1f}" if name in values else "-" for name in _COLUMNS]
         table.add_row(row, *cells, f"{values['train_seconds']:.0f} s")
     return table
 

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..contracts import UserError
 from ..objectives import sample_mask
-from .images import UnreadableImage
+from .images import UnreadableImageError
 from .sampler import Draw, StepSampler
 from .sources import ImageSource
 from .views import MaskConfig, TrainingView, centre_transform
@@ -60,7 +60,7 @@ def _read_or_next(source: ImageSource, numbers: np.ndarray, place: int, skipped:
         index = int(numbers[(place + offset) % len(numbers)])
         try:
             return source.read(index), index
-        except UnreadableImage as problem:
+        except UnreadableImageError as problem:
             skipped.add(source.name(index), str(problem))
     raise UserError("--data", source.name(int(numbers[place])), "none of the images can be read; see skipped.txt")
 
@@ -75,7 +75,7 @@ class TrainingSet(Dataset[dict[str, Tensor]]):
         return len(self.numbers)
 
     def __getitem__(self, draw: Draw) -> dict[str, Tensor]:  # type: ignore[override]  # the sampler gives draws
-        image, index = _read_or_next(self.source, self.numbers, draw.index, self.skipped)
+        image, index = _read_or_next(self.source, self.numbers, draw.place, self.skipped)
         item = self.view(image, draw)
         if self.source.labels is not None:
             item["labels"] = torch.tensor(self.source.labels[index])

@@ -17,7 +17,7 @@ from ..contracts import UserError
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 
 
-class UnreadableImage(Exception):
+class UnreadableImageError(Exception):
     """A file that is no image after all; the message is the reason in one line."""
 
 
@@ -25,13 +25,13 @@ def read_image(path: Path) -> Image.Image:
     """Decode one file to an 8-bit RGB image, upright.
 
     Raises:
-        UnreadableImage: broken, truncated, empty, or far too large to be a photograph.
+        UnreadableImageError: broken, truncated, empty, or far too large to be a photograph.
     """
     try:
         with Image.open(path) as opened:
             return to_rgb(ImageOps.exif_transpose(opened))
     except Exception as error:  # Pillow's decoders raise whatever their format made them trip over
-        raise UnreadableImage(_reason(error)) from error
+        raise UnreadableImageError(_reason(error)) from error
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

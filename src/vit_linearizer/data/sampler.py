@@ -14,10 +14,10 @@ from torch.utils.data import Sampler
 
 
 class Draw(NamedTuple):
-    """One use of one picture: all that its crop, colours and mask depend on, besides the seed."""
+    """One use of the picture in a place of the training set: all that its view and mask depend on, besides the seed."""
 
     epoch: int
-    index: int
+    place: int
     repeat: int
 
 

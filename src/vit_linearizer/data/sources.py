@@ -35,7 +35,7 @@ class ImageSource(Protocol):
         ...
 
     def read(self, index: int) -> Image.Image:
-        """The picture as 8-bit RGB; raises UnreadableImage."""
+        """The picture as 8-bit RGB; raises UnreadableImageError."""
         ...
 
 

@@ -15,12 +15,17 @@ import torch
 from PIL import Image
 from timm.data import create_transform
 from torch import Tensor
+from torchvision.transforms import Compose, InterpolationMode, RandomAffine
 
 from ..contracts import UserError
 from ..objectives import Masking, sample_mask
 from .sampler import Draw
 
-Augmentation = Literal["three", "crop", "none"]
+Augmentation = Literal["three", "crop", "affine", "none"]
+
+
+#: Of ``affine``: degrees, and shares of the picture's side.
+_TURN, _SHIFT, _ZOOM = 12, 0.1, 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +33,8 @@ class ViewConfig:
     """How a picture becomes a training view.
 
     Attributes:
-        augmentation: ``three`` (ThreeAugment), ``crop`` (crop and flip alone) or ``none`` (the centre).
+        augmentation: ``three`` (ThreeAugment), ``crop`` (crop and flip alone), ``affine`` (small turns, shifts and zooms,
+            for pictures such as digits that a crop or a mirror would turn into something else) or ``none`` (the centre).
         smallest_crop: smallest share of the picture's area that a crop keeps.
         horizontal_flip: probability of a mirror image.
         repeats: draws of a picture in a row (repeated augmentation).
@@ -63,8 +69,13 @@ class TrainingView:
     def __init__(self, image_size: tuple[int, int], config: ViewConfig, mask: MaskConfig | None, *, seed: int):
         self.seed = seed
         self.mask = mask
-        if config.augmentation == "none":
+        if config.augmentation in ("none", "affine"):
             self.transform = centre_transform(image_size)
+            if config.augmentation == "affine":
+                affine = RandomAffine(
+                    _TURN, (_SHIFT, _SHIFT), (1 - _ZOOM, 1 + _ZOOM), interpolation=InterpolationMode.BILINEAR
+                )
+                self.transform = Compose([self.transform, affine])
             return
         self.transform = create_transform(
             input_size=image_size,
@@ -72,7 +83,7 @@ class TrainingView:
             scale=(config.smallest_crop, 1.0),
             hflip=config.horizontal_flip,
             auto_augment="3a" if config.augmentation == "three" else None,
-            color_jitter=0.3 if config.augmentation == "three" else None,
+            color_jitter=0.3 if config.augmentation == "three" else None,  # type: ignore[arg-type]  # timm takes None
             interpolation="bicubic",
             normalize=False,
         )
@@ -88,9 +99,7 @@ class TrainingView:
 
 def centre_transform(image_size: tuple[int, int]) -> Any:
     """Resize to cover the image size and cut the centre: uint8 ``[3, H, W]``, the view of every evaluation."""
-    return create_transform(
-        input_size=image_size, is_training=False, crop_pct=1.0, interpolation="bicubic", normalize=False
-    )
+    return create_transform(input_size=image_size, is_training=False, crop_pct=1.0, interpolation="bicubic", normalize=False)
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ each backbone brings its own normalisation. Masking replaces the output of ``pat
 (BEiT and MAE order, a choice: the paper does not say), so the sequence keeps its full length.
 """
 
+import inspect
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from typing import Any
 import timm.data
 import torch
 import torch.nn as nn
+from timm.layers import to_2tuple
 from torch import Tensor
 
 from ..contracts import Features, UserError
@@ -30,7 +32,8 @@ def stage_ends(depth: int, stages: int) -> list[int]:
 
 def patch_size(model: nn.Module) -> tuple[int, int]:
     """Side lengths of a patch, (height, width)."""
-    return tuple(model.patch_embed.patch_size)  # type: ignore[return-value, union-attr]
+    patch_embed: Any = model.patch_embed
+    return to_2tuple(patch_embed.patch_size)
 
 
 def patch_grid(model: nn.Module, image_size: tuple[int, int]) -> tuple[int, int]:
@@ -49,14 +52,16 @@ def patch_grid(model: nn.Module, image_size: tuple[int, int]) -> tuple[int, int]
 
 def nominal_size(model: nn.Module) -> tuple[int, int]:
     """The image size, (height, width), that a backbone's position embeddings were made for."""
-    size = getattr(model.patch_embed, "img_size", None)
-    return tuple(size) if size else tuple(model.pretrained_cfg["input_size"][1:])  # type: ignore[return-value]
+    any_model: Any = model
+    size = getattr(any_model.patch_embed, "img_size", None) or any_model.pretrained_cfg["input_size"][1:]
+    return to_2tuple(size)
 
 
 def check_plain(model: nn.Module, name: str) -> None:
     """Refuse backbones without one grid of patch tokens from first block to last (Swin, ConvNeXt, ...)."""
     needed = ("patch_embed", "num_prefix_tokens", "feature_info", "forward_intermediates")
-    if not all(hasattr(model, attribute) for attribute in needed) or not hasattr(model.patch_embed, "patch_size"):
+    plain = all(hasattr(model, attribute) for attribute in needed) and hasattr(model.patch_embed, "patch_size")
+    if not plain or "return_prefix_tokens" not in inspect.signature(model.forward_intermediates).parameters:  # type: ignore[arg-type]
         raise UserError("model", name, "is not a plain backbone of patch tokens; use a ViT, e.g. vit_base_patch16_224")
 
 
@@ -90,13 +95,13 @@ def extract_features(
     model_any: Any = model
     grid = patch_grid(model, (images.shape[-2], images.shape[-1]))
     ends = stage_ends(len(model_any.feature_info), stages)
+    prefix = model_any.num_prefix_tokens
     with _masked_patches(model, mask, mask_token):
         final, intermediates = model_any.forward_intermediates(
-            normalize(model, images), indices=ends, return_prefix_tokens=True, output_fmt="NLC"
+            normalize(model, images), indices=ends, return_prefix_tokens=prefix > 0, output_fmt="NLC"
         )
     if isinstance(getattr(model, "norm", None), nn.Identity) and hasattr(model, "fc_norm"):
         final = model_any.fc_norm(final)  # average-pooled ViTs keep their final norm behind the pooling
-    prefix = model_any.num_prefix_tokens
     has_class_token = prefix > 0 and getattr(model, "cls_token", None) is not None
     found = []
     for stage in intermediates:

@@ -11,7 +11,6 @@ model it is timm's [class token, patches]. Parameter names are those of the publ
 """
 
 import math
-from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -145,9 +144,7 @@ class Adventurer(nn.Module):
         self.num_prefix_tokens = 1
         self.dynamic_img_size = dynamic_img_size
         self.grad_checkpointing = False
-        self.patch_embed = PatchEmbed(
-            img_size, patch_size, in_chans, embed_dim, strict_img_size=not dynamic_img_size, **dd
-        )
+        self.patch_embed = PatchEmbed(img_size, patch_size, in_chans, embed_dim, strict_img_size=not dynamic_img_size, **dd)
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim, **dd))
         self.pos_embed = nn.Parameter(torch.empty(1, self.patch_embed.num_patches + 1, embed_dim, **dd))
         self.layers = nn.ModuleList(
@@ -271,7 +268,7 @@ class Adventurer(nn.Module):
         """Replace the head by a fresh one."""
         if global_pool is not None:
             _check_pool(global_pool)
-            self.global_pool = global_pool
+            self.global_pool = global_pool  # type: ignore[assignment]  # checked above
         self.num_classes = num_classes
         like = self.cls_token
         self.head = nn.Identity()
@@ -279,7 +276,7 @@ class Adventurer(nn.Module):
             self.head = nn.Linear(self.embed_dim, num_classes, device=like.device, dtype=like.dtype)
 
     def prune_intermediate_layers(
-        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
         """Drop blocks behind the last one wanted, and the norm and head when asked."""
         taken, last = feature_take_indices(len(self.layers), indices)

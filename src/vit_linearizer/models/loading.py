@@ -5,6 +5,7 @@ Weights load as tensors only (safetensors, or ``torch.load`` with ``weights_only
 
 import contextlib
 import os
+import re
 import shutil
 import socket
 import urllib.parse
@@ -70,7 +71,7 @@ def create_backbone(
     pretrained: bool = False,
     **model_args: Any,
 ) -> nn.Module:
-    """Create a timm model from whatever names one.
+    """Create a timm backbone, without classifier, from whatever names one; its weights load completely or not at all.
 
     Args:
         name: a timm name (with its tag), ``hf-hub:OWNER/NAME``, ``local-dir:FOLDER``, a run or model folder, or a weight
@@ -84,7 +85,9 @@ def create_backbone(
         UserError: unknown name, missing file, weights that do not fit, or no network to fetch them.
     """
     timm_name, brings_weights, overlay = _resolve(name, field, architecture)
-    return _create(name, field, timm_name, pretrained or brings_weights, **overlay, **model_args)
+    model: Any = _create(name, field, timm_name, pretrained or brings_weights, **overlay, **model_args)
+    model.reset_classifier(0)
+    return model
 
 
 def probe_backbone(name: str, *, field: str, architecture: str | None = None, **model_args: Any) -> nn.Module:
@@ -121,12 +124,27 @@ def _create(name: str, field: str, timm_name: str, pretrained: bool, **model_arg
         raise UserError(field, name, f"could not be built: {_one_line(error)}") from error
     except Exception as error:  # the hub client has no common base class for being offline
         if isinstance(error, RuntimeError) and "state_dict" in str(error):
+            if _only_classifier_missing(str(error), timm_name) and "num_classes" not in model_args:
+                return _create(name, field, timm_name, pretrained, num_classes=0, **model_args)
             raise UserError(field, name, f"its weights do not fit the architecture: {_one_line(error)}") from error
         if isinstance(error, Warning) or not (pretrained or timm_name.startswith("hf-hub:")):
             raise
-        remedy = f"its weights could not be fetched ({type(error).__name__}); without network, give a local file with {field}-arch"
+        remedy = f"its weights could not be fetched ({type(error).__name__}); without network, give a file with {field}-arch"
         remedy += ", or --no-teacher-pretrained for random weights" if field == "--teacher" else ""
         raise UserError(field, name, remedy) from error
+
+
+def _only_classifier_missing(message: str, timm_name: str) -> bool:
+    """Whether a strict load failed for nothing but the classifier, as it does on files that hold a backbone alone.
+
+    timm would load leniently if it were asked for another number of classes at once, and then pass over any other gap too.
+    """
+    known = not timm_name.startswith(("local-dir:", "hf-hub:"))
+    classifier = (timm.models.get_pretrained_cfg_value(timm_name, "classifier") if known else None) or "head"
+    prefixes = tuple([classifier] if isinstance(classifier, str) else classifier)
+    missing = re.findall(r'"([^"]+)"', message)
+    only_missing = "Missing key" in message and "Unexpected key" not in message
+    return only_missing and all(key.startswith(prefixes) for key in missing)
 
 
 @contextlib.contextmanager

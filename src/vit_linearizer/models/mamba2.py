@@ -89,7 +89,7 @@ class Mamba2(nn.Module):
     def forward(self, u: Tensor) -> Tensor:
         """``[B, L, dim] -> [B, L, dim]``; output t depends on inputs 0..t only."""
         z, xBC, dt = self.in_proj(u).split([self.inner_dim, self.inner_dim + 2 * self.state_dim, self.num_heads], dim=-1)
-        xBC = causal_conv_silu(xBC, self.conv1d.weight, self.conv1d.bias)
+        xBC = causal_conv_silu(xBC, self.conv1d.weight, self.conv1d.bias)  # type: ignore[arg-type]  # it has a bias
         x, B, C = xBC.split([self.inner_dim, self.state_dim, self.state_dim], dim=-1)
         # Step sizes and decays stay in fp32 (or better): they are exponentiated over the whole sequence.
         exact = torch.promote_types(dt.dtype, torch.float32)

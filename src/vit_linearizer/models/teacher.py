@@ -71,8 +71,8 @@ def agreeing_size(
     if image_size is not None and image_size != agreeing:
         given, wanted = (f"{h}x{w}" for h, w in (image_size, agreeing))
         remedy = (
-            f"with patches of {height}x{width} this is not the student's grid of {student_grid[0]} x {student_grid[1]} patches;"
-            f" use {wanted} (or leave it out), or another --image-size"
+            f"with patches of {height}x{width} this is not the student's grid of {student_grid[0]} x {student_grid[1]}"
+            f" patches; use {wanted} (or leave it out), or another --image-size"
         )
         raise UserError("--teacher-image-size", given, remedy)
     return agreeing
@@ -92,7 +92,5 @@ def load_teacher(
     Raises:
         UserError: weights that cannot be fetched or do not fit.
     """
-    model = create_backbone(
-        name, field="--teacher", architecture=architecture, pretrained=pretrained, img_size=image_size, num_classes=0
-    )
+    model = create_backbone(name, field="--teacher", architecture=architecture, pretrained=pretrained, img_size=image_size)
     return Teacher(model, image_size)

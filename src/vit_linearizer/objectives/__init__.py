@@ -8,8 +8,8 @@ from .masking import Masking, masked_count, sample_mask
 __all__ = [
     "FeatureRegression",
     "MaskedPrediction",
-    "MatchedTokens",
     "Masking",
+    "MatchedTokens",
     "Target",
     "activation_map",
     "activation_matching",

@@ -1,6 +1,6 @@
 """Plain regression of the teacher's final patch tokens: the baseline that must stand in every comparison.
 
-Source: GTR (arXiv 2609.26590) finds squared L2 on the final patch tokens ahead of ViT-Linearizer and ViT-AdaLA in its re-test.
+Source: GTR (arXiv 2609.26590), whose re-test finds squared L2 on the final patch tokens ahead of both papers followed here.
 Choices, since details are not given: a linear projection, the mean over all tokens and channels, and the same normalised
 target as masked prediction, so that the two can be compared and combined.
 """

@@ -15,6 +15,7 @@ so eager training goes through the hand-written `_ChunkedSSD`; tracing (``torch.
 Shape suffixes: B batch, K chunks, Q positions in a chunk, H heads, P head dimension, N state dimension, M = B * K.
 """
 
+import contextlib
 import math
 from typing import Any
 
@@ -26,12 +27,13 @@ from torch.autograd.function import once_differentiable
 #: Longest chunk. Work inside a chunk grows with its square, work between chunks falls with it.
 MAX_CHUNK = 72
 
-#: Elements of one [B, K, H, Q, Q] temporary above which inference walks over groups of chunks (4 MiB in fp32, so that they stay in the cache).
+#: Elements of one [B, K, H, Q, Q] temporary above which inference walks over groups of chunks: 4 MiB in fp32, so that
+#: they stay in the cache.
 _SEGMENT_ELEMENTS = 1 << 20
 
 
 def choose_chunk(length: int, longest: int = MAX_CHUNK) -> int:
-    """The chunk that cuts ``length`` into equal parts of at most ``longest``: less than one position of padding a chunk."""
+    """The chunk that cuts ``length`` into equal parts of at most ``longest``, padding each by less than one position."""
     return math.ceil(length / max(1, math.ceil(length / longest)))
 
 
@@ -58,7 +60,7 @@ def ssd_chunked(
     chunks = [F.pad(t, (0, 0) * (t.ndim - 2) + (0, padding)).unflatten(1, (-1, chunk)) for t in (x, dt, B, C)]
     x_BKQHP, dt_BKQH, B_BKQN, C_BKQN = chunks
     arguments = (x_BKQHP, dt_BKQH, A, B_BKQN, C_BKQN, D)
-    with torch.autocast(x.device.type, enabled=False):
+    with _without_autocast(x.device):
         if torch.compiler.is_compiling():
             y_BKQHP = _forward(*arguments)[0]
         elif torch.is_grad_enabled() and any(t.requires_grad for t in arguments):
@@ -67,6 +69,11 @@ def ssd_chunked(
             y_BKQHP = _forward_in_segments(*arguments)
     y = y_BKQHP.flatten(1, 2)
     return y[:, :length] if padding else y
+
+
+def _without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
+    """Dtypes are chosen here, not by autocast; the meta device, where FLOPs are counted, knows no autocast."""
+    return contextlib.nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 def _causal_decay(a_BKHQ: Tensor) -> Tensor:
@@ -101,7 +108,7 @@ def _forward(
     D_H: Tensor,
     state_BNHP: Tensor | None = None,
     keep_state: bool = False,
-) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...]]:
+) -> tuple[Tensor, Tensor | None, tuple[Tensor | None, ...]]:
     """Outputs, the state after the last chunk (when kept), and what the backward reuses."""
     batch, chunks, size, heads, head_dim = x_BKQHP.shape
     work, exact = x_BKQHP.dtype, dt_BKQH.dtype
@@ -118,10 +125,10 @@ def _forward(
     entering_BKNHP = last_BNHP = None
     if chunks > 1 or keep_state or state_BNHP is not None:
         into_BKQH1 = (dt_BKHQ * to_end_BKHQ).transpose(2, 3).unsqueeze(-1).to(work)
-        local_MNc = torch.bmm(B_MQN.transpose(1, 2), (x_BKQHP * into_BKQH1).view(batch * chunks, size, -1))
+        local_MNc = torch.bmm(B_MQN.transpose(1, 2), (x_BKQHP * into_BKQH1).reshape(batch * chunks, size, -1))
         local_BKNHP = local_MNc.to(exact).view(batch, chunks, -1, heads, head_dim)
         entering_BKNHP, last_BNHP = _carry(local_BKNHP, whole_BKH, state_BNHP)
-        carried_MQc = torch.bmm(C_MQN, entering_BKNHP.to(work).view(batch * chunks, -1, heads * head_dim))
+        carried_MQc = torch.bmm(C_MQN, entering_BKNHP.to(work).reshape(batch * chunks, -1, heads * head_dim))
         out_of_BKQH1 = from_start_BKHQ.transpose(2, 3).unsqueeze(-1).to(work)
         y_BKQHP = torch.addcmul(y_BKQHP, carried_MQc.view_as(x_BKQHP), out_of_BKQH1)
     return y_BKQHP, last_BNHP, (decay_BKHQQ, gram_BKQQ, weights_BKHQQ, entering_BKNHP)
@@ -159,9 +166,7 @@ class _ChunkedSSD(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
         (dy_BKQHP,) = gradients
-        x_BKQHP, dt_BKQH, A_H, B_BKQN, C_BKQN, D_H, decay_BKHQQ, gram_BKQQ, weights_BKHQQ, entering_BKNHP = (
-            ctx.saved_tensors
-        )
+        x_BKQHP, dt_BKQH, A_H, B_BKQN, C_BKQN, D_H, decay_BKHQQ, gram_BKQQ, weights_BKHQQ, entering_BKNHP = ctx.saved_tensors
         batch, chunks, size, heads, head_dim = x_BKQHP.shape
         work, exact = x_BKQHP.dtype, dt_BKQH.dtype
         dy_BKQHP = dy_BKQHP.to(work)
@@ -190,8 +195,8 @@ class _ChunkedSSD(torch.autograd.Function):
             out_of_BKQH1 = from_start_BKHQ.transpose(2, 3).unsqueeze(-1).to(work)
             into_BKHQ = dt_BKHQ * to_end_BKHQ
             into_BKQH1 = into_BKHQ.transpose(2, 3).unsqueeze(-1).to(work)
-            states_MNc = entering_BKNHP.to(work).view(batch * chunks, -1, heads * head_dim)
-            scaled_MQc = (dy_BKQHP * out_of_BKQH1).view(batch * chunks, size, -1)
+            states_MNc = entering_BKNHP.to(work).reshape(batch * chunks, -1, heads * head_dim)
+            scaled_MQc = (dy_BKQHP * out_of_BKQH1).reshape(batch * chunks, size, -1)
             dC_MQN += torch.bmm(scaled_MQc, states_MNc.transpose(1, 2))
             carried = torch.bmm(C_MQN, states_MNc).view_as(x_BKQHP) * scaled_MQc.view_as(x_BKQHP)
             da_BKHQ += carried.sum(-1, dtype=exact).transpose(2, 3)
@@ -201,9 +206,9 @@ class _ChunkedSSD(torch.autograd.Function):
             reverse, _ = _carry(dlocal_BKNHP.flip(1), whole_BKH.flip(1), None)
             dstate_BKNHP = reverse.flip(1)
             dwhole_BKH = (entering_BKNHP * dstate_BKNHP).sum((2, 4)) * whole_BKH
-            dstates_MNc = dstate_BKNHP.to(work).view(batch * chunks, -1, heads * head_dim)
+            dstates_MNc = dstate_BKNHP.to(work).reshape(batch * chunks, -1, heads * head_dim)
             dinput_BKQHP = torch.bmm(B_MQN, dstates_MNc).view_as(x_BKQHP)
-            dB_MQN += torch.bmm((x_BKQHP * into_BKQH1).view(batch * chunks, size, -1), dstates_MNc.transpose(1, 2))
+            dB_MQN += torch.bmm((x_BKQHP * into_BKQH1).reshape(batch * chunks, size, -1), dstates_MNc.transpose(1, 2))
             dinto_BKHQ = (dinput_BKQHP * x_BKQHP).sum(-1, dtype=exact).transpose(2, 3)
             dx_BKQHP += dinput_BKQHP * into_BKQH1
             ddt_BKHQ += dinto_BKHQ * to_end_BKHQ

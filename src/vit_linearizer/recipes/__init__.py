@@ -1,4 +1,4 @@
-"""The papers' tables as values, by name. A recipe is a function of the student's architecture, since tables differ by size."""
+"""The papers' tables as values, by name. A recipe is a function of the student's architecture: tables differ by size."""
 
 from collections.abc import Callable
 

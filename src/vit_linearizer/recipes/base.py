@@ -65,5 +65,6 @@ class DistillationRecipe:
         values: dict[str, Any] = {}
         for field in dataclasses.fields(self):
             part = getattr(self, field.name)
-            values.update(dataclasses.asdict(part) if dataclasses.is_dataclass(part) else {field.name: part})
+            is_part = dataclasses.is_dataclass(part) and not isinstance(part, type)
+            values.update(dataclasses.asdict(part) if is_part else {field.name: part})
         return values

@@ -1,6 +1,6 @@
 """ViT-Linearizer's distillation (arXiv 2504.00037, table 8), its baseline, and two small recipes for trying things out.
 
-    vit-linearizer distill --teacher vit_base_patch16_clip_224.openai --student adventurer_base_patch16_224 \\
+    vit-linearizer distill --teacher vit_base_patch16_clip_224.openai --student adventurer_base_patch16_224
         --data IMAGENET/train --out RUN
 
 The paper reaches 84.3 % ImageNet top-1 with that after fine-tuning. Not in the table, so choices: three repeats of repeated
@@ -59,7 +59,7 @@ def digits(architecture: str) -> DistillationRecipe:
             weight_decay=0.05,
             warmup_epochs=2,
         ),
-        views=ViewConfig(augmentation="crop", smallest_crop=0.6, horizontal_flip=0.0, repeats=1),
+        views=ViewConfig(augmentation="affine", repeats=1),
         drop_path=0.0,
         scales_learning_rate=False,
     )

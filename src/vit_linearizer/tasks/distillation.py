@@ -18,7 +18,7 @@ from ..data.datasets import to_device
 from ..evaluation import activation_agreement, collect_features, knn_accuracy, readout_cosine
 from ..models.adapters import extract_features, stage_ends
 from ..models.teacher import Teacher
-from ..objectives import FeatureRegression, MaskedPrediction, MatchedTokens, Masking, Target, activation_matching
+from ..objectives import FeatureRegression, MaskedPrediction, Masking, MatchedTokens, Target, activation_matching
 from .base import Task, compile_each_block
 
 #: Tokens that enter the read-out cosine, over all held-out images; at least so many of each image.

@@ -53,7 +53,7 @@ def save_checkpoint(file: Path, model: nn.Module, optimizer: Optimizer, progress
             torch.save(content, opened)
             opened.flush()
             os.fsync(opened.fileno())
-        os.replace(fresh, file)
+        fresh.replace(file)
 
 
 def load_checkpoint(file: Path, model: nn.Module, optimizer: Optimizer) -> Progress:

@@ -35,7 +35,7 @@ class OptimisationConfig:
 
     def __post_init__(self) -> None:
         positive = ("epochs", "batch_size", "learning_rate")
-        for name in positive + ("minimum_learning_rate", "weight_decay", "warmup_epochs"):
+        for name in (*positive, "minimum_learning_rate", "weight_decay", "warmup_epochs"):
             value = getattr(self, name)
             if not (math.isfinite(value) and (value > 0 if name in positive else value >= 0)):
                 bound = "above 0" if name in positive else "0 or more"

@@ -215,10 +215,9 @@ def train(
                 if progress.step % runtime.log_every == 0 or progress.step in (1, total):
                     learning_rate = max(group["lr"] for group in raw_optimizer.param_groups)
                     values = {"epoch": progress.step / per_epoch, **terms, "learning_rate": learning_rate}
-                    metrics.write(
-                        progress.step, "train", {**values, **speed, "memory_gib": _memory_gib(accelerator.device)}
-                    )
-                line.update(progress.step, loss=terms["loss"], **speed)
+                    metrics.write(progress.step, "train", {**values, **speed, "memory_gib": _memory_gib(accelerator.device)})
+                shown = {name: speed[name] for name in ("images_per_second", "data_wait")}
+                line.update(progress.step, loss=terms["loss"], **shown)
                 epochs, beyond = divmod(progress.step, per_epoch)
                 if progress.step == total or (beyond == 0 and epochs % runtime.evaluate_every == 0):
                     with clock.paused():

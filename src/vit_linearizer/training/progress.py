@@ -50,8 +50,8 @@ class ProgressLine:
             self.live.start()
         return self
 
-    def update(self, done: int, *, loss: float, images_per_second: float, data_wait: float, step_seconds: float) -> None:
-        """Show the state after ``done`` steps; ``data_wait`` is a share of the time; ``step_seconds`` is not shown."""
+    def update(self, done: int, *, loss: float, images_per_second: float, data_wait: float) -> None:
+        """Show the state after ``done`` steps; ``data_wait`` is a share of the time."""
         if not self.shown:
             return
         detail = f"loss {loss:.4f}  {images_per_second:.0f} img/s  data wait {data_wait:.0%}"

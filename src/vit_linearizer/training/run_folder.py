@@ -165,4 +165,4 @@ def write_atomically(file: Path, text: str) -> None:
     """Write a text file so that a reader or a kill meets the old text or the new one."""
     fresh = file.with_name(file.name + ".new")
     fresh.write_text(text, encoding="utf-8")
-    os.replace(fresh, file)
+    fresh.replace(file)
