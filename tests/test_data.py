@@ -505,12 +505,12 @@ def test_global_generators_are_given_back_when_a_transform_fails():
     assert random.getstate() == before
 
 
-@pytest.mark.parametrize("field", ["epoch", "index", "repeat", "seed"])
+@pytest.mark.parametrize("field", ["epoch", "place", "repeat", "seed"])
 def test_every_part_of_a_draw_and_the_seed_change_view_and_mask(field):
     """The same picture, twelve values of one number: as many pictures, and more than a few of the 20 possible masks."""
     images, masks = set(), set()
     for value in range(12):
-        draw = Draw(**{"epoch": 0, "index": 0, "repeat": 0, **({field: value} if field != "seed" else {})})
+        draw = Draw(**{"epoch": 0, "place": 0, "repeat": 0, **({field: value} if field != "seed" else {})})
         item = make_view(seed=value if field == "seed" else 0)(noise(0), draw)
         images.add(item["images"].numpy().tobytes())
         masks.add(item["mask"].numpy().tobytes())

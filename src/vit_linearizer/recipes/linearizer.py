@@ -52,9 +52,9 @@ def digits(architecture: str) -> DistillationRecipe:
     return replace(
         linearizer(architecture),
         optimisation=OptimisationConfig(
-            epochs=28,
-            batch_size=64,
-            learning_rate=2e-3,
+            epochs=20,
+            batch_size=32,
+            learning_rate=1.5e-3,
             minimum_learning_rate=1e-5,
             weight_decay=0.05,
             warmup_epochs=2,
