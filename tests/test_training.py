@@ -20,7 +20,7 @@ from vit_linearizer.models.loading import create_backbone, load
 from vit_linearizer.models.teacher import Teacher
 from vit_linearizer.tasks import Distillation, DistillationConfig
 from vit_linearizer.training.config import OptimisationConfig, RuntimeConfig
-from vit_linearizer.training.loop import fit_batch, make_optimizer, make_schedule, total_steps
+from vit_linearizer.training.optimiser import fit_batch, make_optimizer, make_schedule, total_steps
 
 TIMES = ("_seconds", "images_per_second", "data_wait", "memory_gib")
 
@@ -146,9 +146,10 @@ def test_resume_never_starts_over(small_run) -> None:
     assert not (run / "skipped.txt").exists()
 
 
-def test_two_processes_give_the_losses_of_one(small_run, tmp_path: Path) -> None:
-    one = distill(small_run(out=str(tmp_path / "one")))
-    config = small_run(out=str(tmp_path / "two"))
+@pytest.mark.parametrize("flags", [{}, {"masked_prediction_weight": 0.0}], ids=["default", "activation matching alone"])
+def test_two_processes_give_the_losses_of_one(small_run, tmp_path: Path, flags: dict) -> None:
+    one = distill(small_run(out=str(tmp_path / "one"), **flags))
+    config = small_run(out=str(tmp_path / "two"), **flags)
     launcher = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
                 "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0")  # fmt: skip
     process = start(config, *launcher)

@@ -20,7 +20,9 @@ from ..recipes import DistillationRecipe, find_recipe
 from ..tasks import Distillation
 from ..training.config import RuntimeConfig
 from ..training.data import prepare_data
-from ..training.loop import choose_workers, fit_batch, make_accelerator, total_steps, train
+from ..training.loop import train
+from ..training.machine import choose_workers, make_accelerator
+from ..training.optimiser import fit_batch, total_steps
 from ..training.run_folder import RunFolder
 from .arguments import parse_model_args, parse_size
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from ..ops import choose_scan
-from ..training.loop import choose_precision
+from ..training.machine import choose_precision
 
 logger = logging.getLogger("vit_linearizer")
 

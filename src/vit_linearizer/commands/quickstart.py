@@ -25,7 +25,8 @@ from ..models.loading import load
 from ..tasks import Classification
 from ..training.config import OptimisationConfig, RuntimeConfig
 from ..training.data import prepare_data
-from ..training.loop import make_accelerator, train
+from ..training.loop import train
+from ..training.machine import make_accelerator
 from ..training.progress import console
 from ..training.run_folder import RunFolder, write_atomically
 from .distill import DistillConfig, distill
@@ -135,7 +136,7 @@ def _train_teacher(path: Path, config: QuickstartConfig) -> Path:
         "vit_tiny_patch16_224", num_heads=_shape(config)["embed_dim"] // 32, num_classes=10, **_shape(config)
     )
     # Attention alone does not know where a patch is; positions of timm's usual 0.02 cost a small set half of its epochs.
-    nn.init.normal_(model.pos_embed, std=0.5)
+    nn.init.normal_(model.get_parameter("pos_embed"), std=0.5)
     run.prepare(resume="auto", writes=accelerator.is_main_process)
     data = prepare_data(
         source,

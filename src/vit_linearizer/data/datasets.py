@@ -42,8 +42,9 @@ class SkippedList:
     def add(self, name: str, reason: str) -> None:
         """Append a line, unless this process already did."""
         if self.path is not None and name not in self._known:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(f"{name}\t{reason}\n")
+            line = " ".join(name.splitlines()) + f"\t{reason}\n"
+            with self.path.open("a", encoding="utf-8", errors="backslashreplace") as file:  # names may be any bytes
+                file.write(line)
         self._known.add(name)
 
     def tidy(self) -> list[str]:

@@ -37,7 +37,7 @@ def read_image(path: Path) -> Image.Image:
 def to_rgb(image: Image.Image) -> Image.Image:
     """Any Pillow mode to 8-bit RGB."""
     if image.mode.startswith("I") or image.mode == "F":
-        values = np.asarray(image, dtype=np.float64)
+        values = np.nan_to_num(np.asarray(image, dtype=np.float64))
         # 16-bit greys arrive as I;16 or I; a float image holds either [0, 1] or [0, 255].
         full = 65535 if image.mode.startswith("I;16") or values.max(initial=0) > 255 else 255
         full = 1 if image.mode == "F" and values.max(initial=0) <= 1 else full

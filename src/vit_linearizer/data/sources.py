@@ -14,6 +14,7 @@ BUILTIN = ("builtin:digits", "builtin:digits-train", "builtin:digits-test")
 
 #: Digits of `builtin:digits-test` are every image whose shuffled place is in the first fifth of its class.
 _DIGITS_TEST_SHARE = 0.2
+_DIGITS_SIZE = 32
 _DIGITS_SPLIT_SEED = 0
 
 
@@ -76,19 +77,21 @@ class DigitsSource:
                 chosen, test_size=_DIGITS_TEST_SHARE, stratify=digits.target, random_state=_DIGITS_SPLIT_SEED
             )
             chosen = np.sort(train if split == "train" else test)
-        self.pixels = np.rint(digits.images[chosen] / 16 * 255).astype(np.uint8)
+        pixels = np.rint(digits.images[chosen] / 16 * 255).astype(np.uint8)
+        size = (_DIGITS_SIZE, _DIGITS_SIZE)
+        self._pictures = [Image.fromarray(p).resize(size, Image.Resampling.BICUBIC).convert("RGB") for p in pixels]
         self.labels: np.ndarray | None = digits.target[chosen].astype(np.int64)
         self.skipped: list[tuple[str, str]] = []
         self._ids = chosen
 
     def __len__(self) -> int:
-        return len(self.pixels)
+        return len(self._pictures)
 
     def name(self, index: int) -> str:
         return f"digit-{self._ids[index]:04d}"
 
     def read(self, index: int) -> Image.Image:
-        return Image.fromarray(self.pixels[index]).resize((32, 32), Image.Resampling.BICUBIC).convert("RGB")
+        return self._pictures[index]
 
 
 def open_source(data: str) -> ImageSource:

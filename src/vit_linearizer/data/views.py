@@ -75,7 +75,7 @@ class TrainingView:
                 affine = RandomAffine(
                     _TURN, (_SHIFT, _SHIFT), (1 - _ZOOM, 1 + _ZOOM), interpolation=InterpolationMode.BILINEAR
                 )
-                self.transform = Compose([self.transform, affine])
+                self.transform = Compose([affine, self.transform])
             return
         self.transform = create_transform(
             input_size=image_size,

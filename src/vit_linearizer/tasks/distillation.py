@@ -4,6 +4,7 @@ Source: ViT-Linearizer (arXiv 2504.00037, figure 2 and section 3.3): L = L_act +
 projections live here, not in the student, so the exported backbone has no parameter it does not use.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -60,8 +61,8 @@ class DistillationConfig:
             "--feature-regression-weight": self.feature_regression_weight,
         }
         for name, weight in weights.items():
-            if not weight >= 0:
-                raise UserError(name, weight, "must be 0 or more")
+            if not (weight >= 0 and math.isfinite(weight)):
+                raise UserError(name, weight, "must be a number, 0 or more")
         if not any(weights.values()):
             raise UserError("objective weights", "0 0 0", f"at least one of {', '.join(weights)} must be above 0")
         if self.mask_ratio == 0 and self.masked_prediction_weight > 0:
@@ -101,8 +102,13 @@ class Distillation(Task):
         if config.feature_regression_weight > 0:
             self.feature_regression = FeatureRegression(dim, teacher.dim, target=config.feature_regression_target)
         needs_class_token = config.activation_matching_weight > 0 and config.activation_matching_tokens == "class"
-        if needs_class_token and getattr(teacher.model, "cls_token", None) is None:
-            raise UserError("--activation-matching-tokens", "class", "this teacher has no class token; use visible or all")
+        if needs_class_token and any(getattr(model, "cls_token", None) is None for model in (student, teacher.model)):
+            remedy = "the teacher or the student has no class token; use visible or all"
+            raise UserError("--activation-matching-tokens", "class", remedy)
+        if config.mask_ratio > 0 and teacher.grid == (1, 1):
+            raise UserError(
+                "--mask-ratio", config.mask_ratio, "an image of one patch has none to spare; use a larger --image-size"
+            )
         # Activation maps are taken before the final norm.
         self.uses_every_parameter = self.masked_prediction is not None or self.feature_regression is not None
 

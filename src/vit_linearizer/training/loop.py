@@ -7,7 +7,6 @@ learning rate. So a run can be stopped anywhere and goes on bit for bit from its
 import contextlib
 import logging
 import math
-import os
 import signal
 import time
 from collections.abc import Iterator
@@ -15,14 +14,10 @@ from types import FrameType, TracebackType
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 import torch.nn as nn
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs
-from timm.optim import create_optimizer_v2
-from timm.scheduler import CosineLRScheduler
 
 from ..contracts import UserError
 from ..data.datasets import SkippedList, to_device, training_loader
@@ -32,90 +27,14 @@ from ..tasks import Task
 from .checkpoint import Progress, load_checkpoint, save_checkpoint
 from .config import OptimisationConfig, RuntimeConfig
 from .data import TrainingData
+from .machine import choose_workers, memory_gib
+from .optimiser import make_optimizer, make_schedule, total_steps
 from .progress import ProgressLine, duration
 from .run_folder import MetricsWriter, RunFolder
 
 logger = logging.getLogger("vit_linearizer")
 
 _NOT_FINITE = "not finite; the last good checkpoint is kept; try a lower --learning-rate or --precision fp32"
-
-
-def make_accelerator(runtime: RuntimeConfig, *, find_unused: bool = False) -> Accelerator:
-    """accelerate's view of this machine.
-
-    Raises:
-        UserError: the device asked for is not there, or cannot do the precision asked for.
-    """
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if not available.get(runtime.device, True):
-        raise UserError("--device", runtime.device, "not available here; use auto or cpu (vit-linearizer doctor tells why)")
-    on_gpu = runtime.device == "cuda" or (runtime.device == "auto" and available["cuda"])
-    precision = choose_precision("cuda" if on_gpu else "cpu")[0] if runtime.precision == "auto" else runtime.precision
-    if not torch.distributed.is_initialized():
-        AcceleratorState._reset_state(reset_partial_state=True)  # an earlier run of this process may have used another
-    accelerator = Accelerator(
-        mixed_precision="bf16" if precision == "bf16" else "no",
-        cpu=runtime.device == "cpu",
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=find_unused)],
-    )
-    if not accelerator.is_main_process:
-        logger.setLevel(logging.ERROR)
-    return accelerator
-
-
-def choose_precision(device: str) -> tuple[str, str]:
-    """What ``--precision auto`` means on a kind of device (``cuda``, else the CPU), and why."""
-    if device == "cuda":
-        native = torch.cuda.is_bf16_supported()
-        return ("bf16", "this GPU computes in bf16") if native else ("fp32", "this GPU has no bf16")
-    native = any(getattr(torch.cpu, name, bool)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
-    return ("bf16", "this CPU has bf16 instructions") if native else ("fp32", "this CPU has no bf16 instructions")
-
-
-def fit_batch(batch_size: int, images: int, parts: int) -> int:
-    """The global batch for a set of images: no larger than the set, and a multiple of processes times accumulation.
-
-    Raises:
-        UserError: the batch asked for does not divide.
-    """
-    if batch_size % parts:
-        near = max(parts, batch_size // parts * parts)
-        remedy = f"must be a multiple of processes x gradient accumulation ({parts}); try {near}"
-        raise UserError("--batch-size", batch_size, remedy)
-    return min(batch_size, max(parts, images // parts * parts))
-
-
-def total_steps(optimisation: OptimisationConfig, images: int) -> int:
-    """Optimisation steps of a run."""
-    return optimisation.epochs * steps_per_epoch(images, optimisation.batch_size)
-
-
-def make_optimizer(task: Task, optimisation: OptimisationConfig) -> torch.optim.Optimizer:
-    """AdamW in timm's parameter groups: no weight decay on norms, biases and what the task names; layer decay if asked."""
-    return create_optimizer_v2(
-        task,
-        opt="adamw",
-        lr=optimisation.learning_rate,
-        weight_decay=optimisation.weight_decay,
-        betas=optimisation.betas,
-        layer_decay=optimisation.layer_decay,
-    )
-
-
-def make_schedule(optimizer: torch.optim.Optimizer, optimisation: OptimisationConfig, images: int) -> CosineLRScheduler:
-    """timm's cosine with a linear warm-up of at most a tenth of the steps; set by step number, without a state."""
-    total = total_steps(optimisation, images)
-    wanted = round(optimisation.warmup_epochs * steps_per_epoch(images, optimisation.batch_size))
-    warmup = min(wanted, total // 10)
-    return CosineLRScheduler(
-        optimizer,
-        t_initial=total - warmup,
-        lr_min=optimisation.minimum_learning_rate,
-        warmup_t=warmup,
-        warmup_lr_init=optimisation.minimum_learning_rate,
-        warmup_prefix=True,
-        t_in_epochs=False,
-    )
 
 
 def train(
@@ -145,6 +64,8 @@ def train(
         task.compile_blocks()
     optimizer = make_optimizer(task, optimisation)
     schedule = make_schedule(optimizer, optimisation, images)
+    if not task.uses_every_parameter:
+        accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)
     model, optimizer = accelerator.prepare(task, optimizer)
     raw_optimizer = getattr(optimizer, "optimizer", optimizer)
 
@@ -215,7 +136,7 @@ def train(
                 if progress.step % runtime.log_every == 0 or progress.step in (1, total):
                     learning_rate = max(group["lr"] for group in raw_optimizer.param_groups)
                     values = {"epoch": progress.step / per_epoch, **terms, "learning_rate": learning_rate}
-                    metrics.write(progress.step, "train", {**values, **speed, "memory_gib": _memory_gib(accelerator.device)})
+                    metrics.write(progress.step, "train", {**values, **speed, "memory_gib": memory_gib(accelerator.device)})
                 shown = {name: speed[name] for name in ("images_per_second", "data_wait")}
                 line.update(progress.step, loss=terms["loss"], **shown)
                 epochs, beyond = divmod(progress.step, per_epoch)
@@ -273,13 +194,6 @@ class _Clock:
         return {"step_seconds": step_seconds, "images_per_second": speed, "data_wait": self.waited / elapsed}
 
 
-def choose_workers(runtime: RuntimeConfig, device: torch.device) -> int:
-    """Loader processes: those asked for; else none on a CPU, which is busy computing, and up to eight beside a GPU."""
-    if runtime.num_workers is not None:
-        return runtime.num_workers
-    return 0 if device.type == "cpu" else min(8, os.cpu_count() or 1)
-
-
 def _optimise(
     model: nn.Module,
     optimizer: Any,
@@ -325,13 +239,6 @@ def _agree(accelerator: Accelerator, wish: bool) -> bool:
         return wish
     flag = torch.tensor([int(wish and accelerator.is_main_process)], device=accelerator.device)
     return bool(accelerator.reduce(flag, reduction="sum").item())
-
-
-def _memory_gib(device: torch.device) -> float:
-    """The most allocated so far on a GPU; elsewhere what the process holds now."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    return psutil.Process().memory_info().rss / 2**30
 
 
 class _StopRequest:

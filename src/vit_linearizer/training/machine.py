@@ -1,0 +1,59 @@
+"""What runs where: accelerate's view of this machine, and what ``auto`` means on it."""
+
+import logging
+import os
+
+import psutil
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+
+from ..contracts import UserError
+from .config import RuntimeConfig
+
+logger = logging.getLogger("vit_linearizer")
+
+
+def make_accelerator(runtime: RuntimeConfig) -> Accelerator:
+    """accelerate's view of this machine.
+
+    Raises:
+        UserError: the device asked for is not there, or cannot do the precision asked for.
+    """
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not available.get(runtime.device, True):
+        raise UserError("--device", runtime.device, "not available here; use auto or cpu (vit-linearizer doctor tells why)")
+    on_gpu = runtime.device == "cuda" or (runtime.device == "auto" and available["cuda"])
+    precision = choose_precision("cuda" if on_gpu else "cpu")[0] if runtime.precision == "auto" else runtime.precision
+    if not torch.distributed.is_initialized():
+        AcceleratorState._reset_state(reset_partial_state=True)  # an earlier run of this process may have used another
+    accelerator = Accelerator(
+        mixed_precision="bf16" if precision == "bf16" else "no",
+        cpu=runtime.device == "cpu",
+    )
+    if not accelerator.is_main_process:
+        logger.setLevel(logging.ERROR)
+    return accelerator
+
+
+def choose_precision(device: str) -> tuple[str, str]:
+    """What ``--precision auto`` means on a kind of device (``cuda``, else the CPU), and why."""
+    if device == "cuda":
+        native = torch.cuda.is_bf16_supported()
+        return ("bf16", "this GPU computes in bf16") if native else ("fp32", "this GPU has no bf16")
+    native = any(getattr(torch.cpu, name, bool)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+    return ("bf16", "this CPU has bf16 instructions") if native else ("fp32", "this CPU has no bf16 instructions")
+
+
+def choose_workers(runtime: RuntimeConfig, device: torch.device) -> int:
+    """Loader processes: those asked for; else none on a CPU, which is busy computing, and up to eight beside a GPU."""
+    if runtime.num_workers is not None:
+        return runtime.num_workers
+    return 0 if device.type == "cpu" else min(8, os.cpu_count() or 1)
+
+
+def memory_gib(device: torch.device) -> float:
+    """The most allocated so far on a GPU; elsewhere what the process holds now."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return psutil.Process().memory_info().rss / 2**30
