@@ -19,6 +19,7 @@ from vit_linearizer.contracts import LossOutput, UserError
 from vit_linearizer.models.loading import create_backbone, load
 from vit_linearizer.models.teacher import Teacher
 from vit_linearizer.tasks import Distillation, DistillationConfig
+from vit_linearizer.tasks.base import compile_each_block
 from vit_linearizer.training.config import OptimisationConfig, RuntimeConfig
 from vit_linearizer.training.optimiser import fit_batch, make_optimizer, make_schedule, total_steps
 
@@ -113,6 +114,49 @@ def test_killed_and_resumed_equals_uninterrupted_to_the_bit(small_run, tmp_path:
     assert steps == sorted(set(steps))
     saved, expected = (torch.load(Path(run) / "checkpoints" / "last.pt", weights_only=True) for run in (config.out, whole))
     assert all(torch.equal(saved["model"][name], value) for name, value in expected["model"].items())
+
+
+def test_activation_matching_alone_resumes_too(small_run) -> None:
+    """The final norm never gets a gradient then, and the optimiser holds nothing for it."""
+    run = distill(small_run(masked_prediction_weight=0.0, epochs=2))
+    whole = metrics(run)
+    state = torch.load(run / "checkpoints" / "last.pt", weights_only=True)["optimizer"]["state"]
+    assert "student.norm_f.weight" not in state
+    distill(small_run(masked_prediction_weight=0.0, epochs=2))
+    assert metrics(run) == whole
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo looking at its inputs
+def test_compiling_does_not_grow_with_depth_or_drop_path() -> None:
+    graphs = {}
+    for depth in (2, 6):
+        torch.compiler.reset()
+        compiled: list = []
+
+        def backend(graph, _inputs, into=compiled):
+            into.append(graph)
+            return graph.forward
+
+        shape = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": depth, "drop_path_rate": 0.3}
+        model = timm.create_model("adventurer_tiny_patch16_224", **shape)
+        compile_each_block(model, backend=backend)
+        for training in (True, False):
+            model.train(training)(torch.rand(2, 3, 32, 32)).sum().backward()
+        graphs[depth] = len(compiled)
+    assert 0 < graphs[6] <= graphs[2]
+
+
+def test_a_kill_between_the_renames_loses_no_model(small_run) -> None:
+    run = distill(small_run())
+    (run / "model").rename(run / "model.old")
+    distill(small_run())
+    assert load(run) is not None
+
+
+def test_an_infinite_gradient_never_reaches_the_weights(small_run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.nn.utils, "get_total_norm", lambda _gradients: torch.tensor(math.inf))
+    with pytest.raises(UserError, match=r"gradient_norm = inf at step 1: not finite"):
+        distill(small_run())
 
 
 def test_sigterm_stops_between_steps_and_keeps_them(small_run) -> None:

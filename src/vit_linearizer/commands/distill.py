@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import timm.data
 import torch
 import torch.nn as nn
 
@@ -169,8 +170,10 @@ def distill(config: DistillConfig) -> Path:
         "teacher_image_size": list(teacher_size),
         **recipe.flat(),
         **{field.name: getattr(config, field.name) for field in dataclasses.fields(RuntimeConfig)},
+        "precision": "bf16" if accelerator.mixed_precision == "bf16" else "fp32",
     }
     run = RunFolder(config.out, resolved)
+    torch.manual_seed(config.seed)  # of a teacher with random weights
     teacher = load_teacher(
         config.teacher, image_size=teacher_size, architecture=config.teacher_arch, pretrained=config.teacher_pretrained
     )
@@ -230,6 +233,8 @@ def _describe(
     size = (*image_size, *grid)
     logger.info("student  %.1f M parameters, image %dx%d, %d x %d patches", parameters["student"] / 1e6, *size)
     logger.info("teacher  %.1f M parameters, image %dx%d", parameters["teacher"] / 1e6, *task.teacher.image_size)
+    normalisation = timm.data.resolve_model_data_config(task.teacher.model)
+    logger.info("         normalised with mean %s, deviation %s", normalisation["mean"], normalisation["std"])
     logger.info("tokens   %d patches, %d hidden from the student", tokens, hidden)
     logger.info("images   %d found, %d skipped, %d to train on", len(source), len(source.skipped), images)
     logger.info("steps    %d epochs, %d steps of %d images, learning rate %.3g", optimisation.epochs,

@@ -21,7 +21,7 @@ from ..data.datasets import CentreSet, SkippedList, centre_loader, split_held_ou
 from ..data.sources import DigitsSource
 from ..data.views import ViewConfig
 from ..evaluation import collect_features, few_shot_accuracy, knn_accuracy, linear_probe_accuracy
-from ..models.loading import load
+from ..models.loading import create_backbone, load
 from ..tasks import Classification
 from ..training.config import OptimisationConfig, RuntimeConfig
 from ..training.data import prepare_data
@@ -93,7 +93,7 @@ def quickstart(config: QuickstartConfig) -> dict[str, dict[str, float]]:
         )
         seconds[row], models[row] = time.perf_counter() - started, load(run)
     torch.manual_seed(config.seed)
-    models["untrained"] = timm.create_model(_STUDENT, num_classes=0, **_shape(config)).eval()
+    models["untrained"] = create_backbone(_STUDENT, field="--student", **_shape(config)).eval()
     seconds["untrained"] = 0.0
 
     console.rule("judged on digits that nothing was trained or tuned on")

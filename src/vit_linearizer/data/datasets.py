@@ -3,6 +3,7 @@
 Unreadable files met on the way are replaced by the next readable one (the same one in every process) and listed.
 """
 
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,9 @@ class SkippedList:
         if self.path is None or not self.path.exists():
             return []
         lines = sorted(set(self.path.read_text(encoding="utf-8").splitlines()))
-        self.path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        fresh = self.path.with_name(self.path.name + ".new")
+        fresh.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        fresh.replace(self.path)
         return lines
 
 
@@ -122,7 +125,14 @@ def training_loader(dataset: TrainingSet, sampler: StepSampler, *, num_workers: 
         pin_memory=pin_memory,
         persistent_workers=num_workers > 0,
         prefetch_factor=4 if num_workers else None,
+        worker_init_fn=_leave_signals_to_parent,
     )
+
+
+def _leave_signals_to_parent(_worker: int) -> None:
+    """Ctrl-C reaches every process of a terminal; only the training one decides what it means."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def centre_loader(dataset: CentreSet, *, batch_size: int, num_workers: int = 0) -> DataLoader:

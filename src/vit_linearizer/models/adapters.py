@@ -63,6 +63,8 @@ def check_plain(model: nn.Module, name: str) -> None:
     plain = all(hasattr(model, attribute) for attribute in needed) and hasattr(model.patch_embed, "patch_size")
     if not plain or "return_prefix_tokens" not in inspect.signature(model.forward_intermediates).parameters:  # type: ignore[arg-type]
         raise UserError("model", name, "is not a plain backbone of patch tokens; use a ViT, e.g. vit_base_patch16_224")
+    if getattr(model, "in_chans", 3) != 3:
+        raise UserError("model", name, f"takes {model.in_chans} channels; images have 3")
 
 
 def normalize(model: nn.Module, images: Tensor) -> Tensor:

@@ -53,7 +53,8 @@ def _has_weights(folder: Path) -> bool:
 
 def save_model_folder(model: nn.Module, folder: Path) -> None:
     """Write timm's folder format; a reader sees the old folder or the new one, never a half-written one."""
-    fresh, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
+    fresh, old = folder.with_name(folder.name + ".new"), _old(folder)
+    recover_model_folder(folder)
     for leftover in (fresh, old):
         shutil.rmtree(leftover, ignore_errors=True)
     save_for_hf(model, str(fresh), safe_serialization=True)
@@ -61,6 +62,16 @@ def save_model_folder(model: nn.Module, folder: Path) -> None:
         folder.rename(old)
     fresh.rename(folder)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def recover_model_folder(folder: Path) -> None:
+    """Put the old folder back where a kill came between the two renames of `save_model_folder`."""
+    if not folder.exists() and _old(folder).exists():
+        _old(folder).rename(folder)
+
+
+def _old(folder: Path) -> Path:
+    return folder.with_name(folder.name + ".old")
 
 
 def create_backbone(
@@ -124,27 +135,29 @@ def _create(name: str, field: str, timm_name: str, pretrained: bool, **model_arg
         raise UserError(field, name, f"could not be built: {_one_line(error)}") from error
     except Exception as error:  # the hub client has no common base class for being offline
         if isinstance(error, RuntimeError) and "state_dict" in str(error):
-            if _only_classifier_missing(str(error), timm_name) and "num_classes" not in model_args:
+            if _only_classifier_differs(str(error), timm_name) and "num_classes" not in model_args:
                 return _create(name, field, timm_name, pretrained, num_classes=0, **model_args)
             raise UserError(field, name, f"its weights do not fit the architecture: {_one_line(error)}") from error
         if isinstance(error, Warning) or not (pretrained or timm_name.startswith("hf-hub:")):
             raise
+        if timm_name.startswith("local-dir:") or "pretrained_cfg_overlay" in model_args:
+            remedy = f"cannot be read ({_one_line(error)}); save it as safetensors or as a plain state dict"
+            raise UserError(field, name, remedy) from error
         remedy = f"its weights could not be fetched ({type(error).__name__}); without network, give a file with {field}-arch"
         remedy += ", or --no-teacher-pretrained for random weights" if field == "--teacher" else ""
         raise UserError(field, name, remedy) from error
 
 
-def _only_classifier_missing(message: str, timm_name: str) -> bool:
-    """Whether a strict load failed for nothing but the classifier, as it does on files that hold a backbone alone.
+def _only_classifier_differs(message: str, timm_name: str) -> bool:
+    """Whether a strict load failed for nothing but the classifier: a file without one, or with one for other classes.
 
     timm would load leniently if it were asked for another number of classes at once, and then pass over any other gap too.
     """
     known = not timm_name.startswith(("local-dir:", "hf-hub:"))
     classifier = (timm.models.get_pretrained_cfg_value(timm_name, "classifier") if known else None) or "head"
     prefixes = tuple([classifier] if isinstance(classifier, str) else classifier)
-    missing = re.findall(r'"([^"]+)"', message)
-    only_missing = "Missing key" in message and "Unexpected key" not in message
-    return only_missing and all(key.startswith(prefixes) for key in missing)
+    keys = re.findall(r'"([^"]+)"', message) + re.findall(r"size mismatch for ([\w.]+):", message)
+    return "Unexpected key" not in message and bool(keys) and all(key.startswith(prefixes) for key in keys)
 
 
 @contextlib.contextmanager

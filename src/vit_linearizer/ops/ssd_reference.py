@@ -26,6 +26,8 @@ def ssd_reference(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Ten
     Returns:
         ``[batch, L, H, P]``.
     """
+    dtype = x.dtype
+    x, B, C = (t.to(torch.promote_types(t.dtype, dt.dtype)) for t in (x, B, C))
     batch, length, heads, head_dim = x.shape
     state = x.new_zeros(batch, heads, head_dim, B.shape[-1])
     outputs = []
@@ -34,4 +36,4 @@ def ssd_reference(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Ten
         update = torch.einsum("bh,bhp,bn->bhpn", dt[:, t], x[:, t], B[:, t])
         state = decay[:, :, None, None] * state + update
         outputs.append(torch.einsum("bhpn,bn->bhp", state, C[:, t]) + D[:, None] * x[:, t])
-    return torch.stack(outputs, dim=1)
+    return torch.stack(outputs, dim=1).to(dtype)

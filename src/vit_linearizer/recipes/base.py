@@ -36,6 +36,8 @@ class DistillationRecipe:
         recipe = self
         if "batch_size" in given and "learning_rate" not in given:
             recipe = recipe.at_batch_size(given.pop("batch_size"))
+        if "learning_rate" in given:
+            given.setdefault("minimum_learning_rate", min(self.optimisation.minimum_learning_rate, given["learning_rate"]))
         parts: dict[str, Any] = {}
         for field in dataclasses.fields(recipe):
             part = getattr(recipe, field.name)

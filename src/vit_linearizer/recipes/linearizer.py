@@ -50,8 +50,8 @@ def regression(architecture: str) -> DistillationRecipe:
 def digits(architecture: str) -> DistillationRecipe:
     """`linearizer` for the quickstart's small pictures: minutes on two cores.
 
-    Digits are not mirrored, cropped or recoloured, and half of their 64 patches stay visible instead of a quarter: a patch is
-    hardly more than a pixel of the original there (chosen on the training digits, see LOG.md).
+    Digits are not mirrored, cropped or recoloured, and half of their 64 patches stay visible instead of a quarter: a
+    patch is hardly more than a pixel of the original there (chosen on the training digits, see LOG.md).
     """
     return replace(
         linearizer(architecture),

@@ -1,6 +1,7 @@
 """What the training loop needs to know of a task, and nothing more."""
 
 from abc import ABC, abstractmethod
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -36,7 +37,7 @@ class Task(nn.Module, ABC):
 
     @abstractmethod
     def compile_blocks(self) -> None:
-        """Put ``torch.compile`` around each block: compiled once, used by all."""
+        """Put ``torch.compile`` around the mixers and MLPs of all blocks, see `compile_each_block`."""
 
     def to_other_devices(self, device: torch.device) -> None:
         """Move what is no part of the module (a teacher) to the device of the training."""
@@ -46,7 +47,16 @@ class Task(nn.Module, ABC):
         """Names of parameters without weight decay, beyond norms and biases (timm's convention)."""
 
 
-def compile_each_block(model: nn.Module) -> None:
-    """``torch.compile`` on the blocks of a timm backbone (``layers`` of Adventurer, ``blocks`` of a ViT)."""
+def compile_each_block(model: nn.Module, **options: Any) -> None:
+    """``torch.compile`` on the mixers (or attentions) and MLPs of a timm backbone: compiled once, used by every block.
+
+    Whole blocks would be compiled anew for each: their drop path and reading order are constants that differ.
+
+    Args:
+        model: with ``layers`` (Adventurer) or ``blocks`` (ViT).
+        **options: of ``torch.compile``.
+    """
     for block in getattr(model, "layers", None) or getattr(model, "blocks"):  # noqa: B009  # either is a ModuleList
-        block.compile()
+        for part in ("mixer", "attn", "mlp"):
+            if hasattr(block, part):
+                getattr(block, part).compile(**options)

@@ -62,7 +62,7 @@ class DistillationConfig:
         }
         for name, weight in weights.items():
             if not (weight >= 0 and math.isfinite(weight)):
-                raise UserError(name, weight, "must be a number, 0 or more")
+                raise UserError(name, weight, "must be 0 or more, and finite")
         if not any(weights.values()):
             raise UserError("objective weights", "0 0 0", f"at least one of {', '.join(weights)} must be above 0")
         if self.mask_ratio == 0 and self.masked_prediction_weight > 0:
@@ -190,7 +190,8 @@ class Distillation(Task):
             if "labels" in batch:
                 labels.append(batch["labels"].cpu())
         metrics = {name: total / images for name, total in sums.items()}
-        metrics["final_cosine"] = readout_cosine(torch.cat(student_tokens), torch.cat(teacher_tokens))
+        if images * student_tokens[0].shape[1] > 1:
+            metrics["final_cosine"] = readout_cosine(torch.cat(student_tokens), torch.cat(teacher_tokens))
         if bank is not None:
             features, bank_labels = collect_features(self.student, bank, device)
             metrics["knn"] = knn_accuracy(features, bank_labels, torch.cat(pooled), torch.cat(labels))

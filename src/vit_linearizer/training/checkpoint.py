@@ -23,6 +23,8 @@ from torch.optim import Optimizer
 from ..contracts import UserError
 
 _FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
+#: The optimiser holds nothing for a parameter that never had a gradient (the final norm under activation matching alone).
+_OPTIMIZER = StateDictOptions(full_state_dict=True, cpu_offload=True, strict=False)
 
 
 @dataclass(kw_only=True)
@@ -65,7 +67,7 @@ def load_checkpoint(file: Path, model: nn.Module, optimizer: Optimizer) -> Progr
     try:
         content: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
         set_model_state_dict(model, content["model"], options=_FULL)
-        set_optimizer_state_dict(model, optimizer, content["optimizer"], options=_FULL)
+        set_optimizer_state_dict(model, optimizer, content["optimizer"], options=_OPTIMIZER)
         return Progress(**content["progress"])
     except Exception as error:  # torch raises several kinds for damaged archives and foreign tensors
         detail = " ".join(str(error).split())[:200]

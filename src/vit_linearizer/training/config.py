@@ -41,6 +41,10 @@ class OptimisationConfig:
                 bound = "above 0" if name in positive else "0 or more"
                 raise UserError(f"--{name.replace('_', '-')}", value, f"must be {bound}")
 
+        if self.minimum_learning_rate > self.learning_rate:
+            remedy = f"must not be above the learning rate, {self.learning_rate}"
+            raise UserError("--minimum-learning-rate", self.minimum_learning_rate, remedy)
+
 
 @dataclass(frozen=True, kw_only=True)
 class RuntimeConfig:

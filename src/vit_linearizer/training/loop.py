@@ -98,7 +98,8 @@ def train(
     saved_at = time.monotonic()
 
     def evaluate() -> None:
-        values = task.evaluate(data.held_out, data.bank, accelerator.device)  # in fp32, whatever the training does
+        with torch.compiler.set_stance("force_eager"):  # its shapes and modes would each be compiled anew
+            values = task.evaluate(data.held_out, data.bank, accelerator.device)  # in fp32, whatever the training does
         metrics.write(progress.step, "held_out", {"epoch": progress.step / per_epoch, **values})
         logger.info("held out, step %d: %s", progress.step, "  ".join(f"{k} {v:.4g}" for k, v in values.items()))
         name, lower = task.score
@@ -130,7 +131,7 @@ def train(
                 schedule.step_update(progress.step)
                 # Drop path: one stream per step and process, so that nothing random has to be saved.
                 torch.manual_seed(_step_seed(runtime.seed, progress.step, accelerator.process_index))
-                terms, waited = _optimise(model, optimizer, batches, optimisation, runtime, accelerator, progress.step)
+                terms, waited = _optimise(model, optimizer, batches, optimisation, runtime, accelerator, progress.step, stop)
                 progress.step += 1
                 speed = clock.tick(waited)
                 if progress.step % runtime.log_every == 0 or progress.step in (1, total):
@@ -146,9 +147,8 @@ def train(
                         save()
                 elif beyond == 0 or _agree(accelerator, time.monotonic() - saved_at > 60 * runtime.checkpoint_minutes):
                     save()
-                if stop.requested:
-                    if accelerator.num_processes == 1:  # the others may be a step behind, and saving needs all of them
-                        save()
+                if stop.agreed:
+                    save()
                     logger.info("stopped after step %d; the same command goes on from the last checkpoint", progress.step)
                     raise KeyboardInterrupt
     finally:
@@ -202,8 +202,13 @@ def _optimise(
     runtime: RuntimeConfig,
     accelerator: Accelerator,
     step: int,
+    stop: "_StopRequest",
 ) -> tuple[dict[str, float], float]:
-    """One optimisation step; returns the loss and its terms over the global batch, and seconds waited for data."""
+    """One optimisation step.
+
+    Returns:
+        The loss and its terms over the global batch with the gradient's norm, and seconds waited for data.
+    """
     parts = runtime.gradient_accumulation
     sums: dict[str, torch.Tensor] = {}
     waited = 0.0
@@ -217,13 +222,18 @@ def _optimise(
             accelerator.backward(output.loss / parts)
         for name, value in {"loss": output.loss.detach(), **output.terms}.items():
             sums[name] = sums.get(name, torch.zeros((), device=value.device)) + value.float() / parts
+    sums["stop"] = torch.tensor(float(stop.requested), device=accelerator.device)
     together = accelerator.reduce(torch.stack(list(sums.values())), reduction="mean").tolist()
     values = dict(zip(sums, together, strict=True))
+    stop.agreed = values.pop("stop") > 0  # asked of any process, so that all stop after the same step
+    if optimisation.clip_norm is not None:
+        norm = accelerator.clip_grad_norm_(model.parameters(), optimisation.clip_norm)
+    else:
+        norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    values = {"gradient_norm": float(norm), **values}
     for name, value in reversed(values.items()):
         if not math.isfinite(value):
             raise UserError("loss", f"{name} = {value} at step {step + 1}", _NOT_FINITE)
-    if optimisation.clip_norm is not None:
-        accelerator.clip_grad_norm_(model.parameters(), optimisation.clip_norm)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return values, waited
@@ -245,7 +255,8 @@ class _StopRequest:
     """Ctrl-C and SIGTERM (batch systems) end the run between two steps; a second Ctrl-C ends it at once."""
 
     def __init__(self) -> None:
-        self.requested = False
+        self.requested = False  # of this process
+        self.agreed = False  # over all processes, see `_optimise`
         self._before: dict[int, Any] = {}
 
     def _ask(self, number: int, _frame: FrameType | None) -> None:

@@ -7,6 +7,7 @@ import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
 
 from ..contracts import UserError
 from .config import RuntimeConfig
@@ -27,10 +28,13 @@ def make_accelerator(runtime: RuntimeConfig) -> Accelerator:
     precision = choose_precision("cuda" if on_gpu else "cpu")[0] if runtime.precision == "auto" else runtime.precision
     if not torch.distributed.is_initialized():
         AcceleratorState._reset_state(reset_partial_state=True)  # an earlier run of this process may have used another
-    accelerator = Accelerator(
-        mixed_precision="bf16" if precision == "bf16" else "no",
-        cpu=runtime.device == "cpu",
-    )
+    try:
+        accelerator = Accelerator(mixed_precision="bf16" if precision == "bf16" else "no", cpu=runtime.device == "cpu")
+    except ValueError as error:
+        raise UserError("--precision", precision, f"cannot be had here ({error}); use fp32") from error
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        remedy = "sharded training is not supported yet; launch without it (data parallel)"
+        raise UserError("accelerate", accelerator.distributed_type.value, remedy)
     if not accelerator.is_main_process:
         logger.setLevel(logging.ERROR)
     return accelerator

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..contracts import UserError
+from ..models.loading import recover_model_folder
 
 logger = logging.getLogger("vit_linearizer")
 
@@ -51,6 +52,7 @@ class RunFolder:
         if not writes:
             return
         self.checkpoints.mkdir(parents=True, exist_ok=True)
+        recover_model_folder(self.model)
         if resume == "never":
             self._start_over()
         write_atomically(self.path / "config.json", json.dumps(self.config, indent=2) + "\n")
@@ -142,7 +144,7 @@ class MetricsWriter:
         if run.writes and importlib.util.find_spec("tensorboard"):
             from torch.utils.tensorboard import SummaryWriter
 
-            self.board = SummaryWriter(str(run.path / "tensorboard"), purge_step=first_step)
+            self.board = SummaryWriter(str(run.path / "tensorboard"), purge_step=first_step + 1 if first_step else 0)
 
     def write(self, step: int, split: str, values: Mapping[str, float | int]) -> None:
         """One line: ``{"step": ..., "split": ..., ...}``, on disk before this returns."""
