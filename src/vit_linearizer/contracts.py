@@ -4,10 +4,8 @@ Every model becomes `Features` (models/adapters.py), every objective reads two o
 """
 
 import difflib
-import importlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from types import ModuleType
 
 from torch import Tensor
 
@@ -60,16 +58,3 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """'; did you mean A, B?' for names close to ``name``, or an empty string."""
     close = difflib.get_close_matches(name, list(known), n=3, cutoff=0.6)
     return f"; did you mean {', '.join(close)}?" if close else ""
-
-
-def optional_import(module: str, *, extra: str) -> ModuleType:
-    """Import an optional part, or say which extra brings it.
-
-    Raises:
-        UserError: the module is not installed.
-    """
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        remedy = f"this part needs it; install it with: pip install 'vit-linearizer[{extra}]'"
-        raise UserError("missing package", module, remedy) from error

@@ -22,6 +22,7 @@ from ..data.sources import DigitsSource
 from ..data.views import ViewConfig
 from ..evaluation import collect_features, few_shot_accuracy, knn_accuracy, linear_probe_accuracy
 from ..models.loading import create_backbone, load
+from ..recipes import find_recipe
 from ..tasks import Classification
 from ..training.config import OptimisationConfig, RuntimeConfig
 from ..training.data import prepare_data
@@ -38,6 +39,7 @@ _SIZE = 32
 _SHAPE = dict(img_size=_SIZE, patch_size=4, embed_dim=96, depth=4)
 _SMOKE_SHAPE = dict(img_size=_SIZE, patch_size=8, embed_dim=32, depth=4)
 _STUDENT = "adventurer_tiny_patch16_224"
+_ROWS = ("teacher", "distilled", "untrained", "regression")
 _COLUMNS = {"top1": "top-1", "knn": "kNN", "linear_probe": "linear probe", "few_shot": "5 labels a class"}
 
 
@@ -73,7 +75,8 @@ def quickstart(config: QuickstartConfig) -> dict[str, dict[str, float]]:
     teacher = _train_teacher(out / "teacher", config)
     seconds["teacher"], models["teacher"] = time.perf_counter() - started, load(teacher)
 
-    for row, extra in (("distilled", {}), ("regression", _REGRESSION)):
+    baseline = asdict(find_recipe("regression", _STUDENT).objectives)
+    for row, objectives in (("distilled", {}), ("regression", baseline)):
         console.rule(f"{row}: a linear-time student from the teacher, without labels")
         started = time.perf_counter()
         settings: dict[str, Any] = {"epochs": 1} if config.smoke else {}
@@ -88,7 +91,7 @@ def quickstart(config: QuickstartConfig) -> dict[str, dict[str, float]]:
                 seed=config.seed,
                 evaluate_every=4,
                 **settings,
-                **extra,
+                **objectives,
             )
         )
         seconds[row], models[row] = time.perf_counter() - started, load(run)
@@ -104,12 +107,6 @@ def quickstart(config: QuickstartConfig) -> dict[str, dict[str, float]]:
     console.print(_table(results))
     logger.info(_in_words(results))
     return results
-
-
-_ROWS = ("teacher", "distilled", "untrained", "regression")
-_REGRESSION: dict[str, Any] = dict(
-    mask_ratio=0.0, activation_matching_weight=0.0, masked_prediction_weight=0.0, feature_regression_weight=1.0
-)
 
 
 def _shape(config: QuickstartConfig) -> dict[str, Any]:
