@@ -242,6 +242,20 @@ def test_every_documented_command_runs(line: str, photos: Path, small_teacher: P
     assert main(words) == 0
 
 
+@pytest.mark.parametrize(
+    "page", ["README.md", "CONTRIBUTING.md", "docs/paper_map.md", "docs/metrics.md", "docs/architecture.md"]
+)
+def test_links_lead_somewhere_and_names_stand_where_they_are_said_to(page: str) -> None:
+    text = (REPO / page).read_text()
+    links = [link for link in re.findall(r"\]\(([^)#]+)[^)]*\)", text) if "://" not in link]
+    folder = (REPO / page).parent
+    assert not [link for link in links if not (folder / link).exists()]
+    said = re.findall(r"`(?:\w+\.)?(\w+)`(?:, `\w+`)* in \[[^\]]+\]\(([^)#]+\.py)\)", text)
+    assert said or page != "docs/paper_map.md"
+    wrong = [(name, file) for name, file in said if not re.search(rf"\b{name}\b", (folder / file).read_text())]
+    assert not wrong
+
+
 def test_documented_make_targets_exist() -> None:
     targets = set(re.findall(r"^([a-z-]+):", (REPO / "Makefile").read_text(), re.MULTILINE))
     assert {line.split()[1] for line in readme_commands() if line.startswith("make ")} <= targets
