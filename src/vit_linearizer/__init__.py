@@ -40,6 +40,10 @@ __all__ = [
 ]
 
 
+def __dir__() -> list[str]:
+    return __all__
+
+
 def __getattr__(name: str) -> Any:
     if name in _COMMANDS:
         return getattr(importlib.import_module(f".commands.{_COMMANDS[name]}", __name__), name)

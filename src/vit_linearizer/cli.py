@@ -6,13 +6,12 @@ from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
 import tyro
-from rich.logging import RichHandler
 
 from .commands.distill import DistillConfig, distill
 from .commands.doctor import DoctorConfig, doctor
 from .commands.quickstart import QuickstartConfig, quickstart
 from .contracts import UserError
-from .training.progress import console
+from .training.progress import show_messages
 
 COMMANDS: dict[type, Callable[[Any], Any]] = {
     DistillConfig: distill,
@@ -31,10 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, 2 for an error the user can mend, 130 when stopped."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     logging.captureWarnings(True)
-    logger = logging.getLogger("vit_linearizer")
-    if not logger.handlers:
-        logger.addHandler(RichHandler(console=console, show_time=False, show_level=False, show_path=False))
-    logger.setLevel(logging.INFO)
+    show_messages()
     try:
         config = tyro.cli(
             _Command,  # type: ignore[arg-type]  # a union of dataclasses, tyro's way to say subcommands
@@ -50,6 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"vit-linearizer: error: {error}\n")
         return 2
     except KeyboardInterrupt:
+        sys.stderr.write("stopped\n")
         return 130
     return 0
 

@@ -14,7 +14,7 @@ from ..data.datasets import SkippedList, split_held_out
 from ..data.sources import ImageSource, open_source
 from ..data.views import Augmentation, MaskConfig
 from ..models.adapters import check_plain, nominal_size, patch_grid
-from ..models.loading import create_backbone, probe_backbone
+from ..models.loading import create_backbone, model_folder, probe_backbone
 from ..models.teacher import agreeing_size, load_teacher
 from ..objectives import Masking, MatchedTokens, Target, masked_count
 from ..recipes import DistillationRecipe, find_recipe
@@ -24,15 +24,22 @@ from ..training.data import prepare_data
 from ..training.loop import train
 from ..training.machine import choose_workers, make_accelerator
 from ..training.optimiser import fit_batch, total_steps
+from ..training.progress import show_messages
 from ..training.run_folder import RunFolder
 from .arguments import parse_model_args, parse_size
 
 logger = logging.getLogger("vit_linearizer")
 
 
+#: Fewer held-out images than this deserve a word of caution.
+_FEW_HELD_OUT = 20
+
+
 @dataclass(frozen=True, kw_only=True)
 class DistillConfig(RuntimeConfig):
     """Distil a Vision Transformer into a linear-time student, from images without labels.
+
+    Options without a default take the recipe's value; --dry-run prints them all.
 
     Attributes:
         teacher: timm name, hf-hub:OWNER/NAME, local-dir:FOLDER, a run folder, or a weight file (with --teacher-arch).
@@ -130,10 +137,11 @@ def distill(config: DistillConfig) -> Path:
     Raises:
         UserError: anything in the configuration that cannot work; found before the training starts.
     """
+    show_messages()
     student_args = parse_model_args("--student-args", config.student_args)
     named: dict[str, Any] = {"field": "--student", "architecture": config.student_arch}
     probe: Any = probe_backbone(config.student, **named, **student_args)
-    check_plain(probe, config.student)
+    check_plain(probe, config.student, field="--student")
     architecture = probe.pretrained_cfg["architecture"]
     recipe = resolve_recipe(config, architecture)
     image_size = parse_size("--image-size", config.image_size) or nominal_size(probe)
@@ -183,7 +191,12 @@ def distill(config: DistillConfig) -> Path:
     student: Any = create_backbone(config.student, **named, pretrained=from_hub, **student_args)
     student._model_args.pop("drop_path_rate", None)  # a matter of this training, not of the model
     task = Distillation(student, teacher, recipe.objectives)
+    if not config.teacher_pretrained and not model_folder(config.teacher) and not Path(config.teacher).is_file():
+        logger.warning("the teacher has random weights: this run shows that things work, and teaches nothing")
+    if len(held_out_numbers) < _FEW_HELD_OUT:
+        logger.warning("held out: %d images only; read their numbers as rough signs", len(held_out_numbers))
     if config.dry_run:
+        logger.info("machine  %s, %s", accelerator.device, resolved["precision"])
         _describe(task, recipe, source, image_size, len(train_numbers), batch_size // parts)
         return run.path
 
@@ -239,6 +252,7 @@ def _describe(
     logger.info("images   %d found, %d skipped, %d to train on", len(source), len(source.skipped), images)
     logger.info("steps    %d epochs, %d steps of %d images, learning rate %.3g", optimisation.epochs,
                 total_steps(optimisation, images), optimisation.batch_size, optimisation.learning_rate)  # fmt: skip
+    logger.info("recipe   %s", ", ".join(f"{name} {value}" for name, value in recipe.flat().items()))
     gib = [size / 2**30 for size in (weights + per_process * activations, weights, activations)]
     logger.info("memory   about %.1f GiB a process in fp32 (%.1f weights and optimiser, %.2f for each of %d images)",
                 *gib, per_process)  # fmt: skip

@@ -11,6 +11,7 @@ import torch
 
 from ..ops import choose_scan
 from ..training.machine import choose_precision
+from ..training.progress import show_messages
 
 logger = logging.getLogger("vit_linearizer")
 
@@ -40,6 +41,7 @@ def doctor(config: DoctorConfig) -> dict[str, str]:  # noqa: ARG001  # every com
     Returns:
         What was printed: one line of text by topic.
     """
+    show_messages()
     findings = {"python": f"{platform.python_version()} on {platform.system()} {platform.machine()}"}
     findings |= {name: importlib.metadata.version(name) for name in _PACKAGES}
     capability = torch.backends.cpu.get_cpu_capability()

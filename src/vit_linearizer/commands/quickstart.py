@@ -28,7 +28,7 @@ from ..training.config import OptimisationConfig, RuntimeConfig
 from ..training.data import prepare_data
 from ..training.loop import train
 from ..training.machine import make_accelerator
-from ..training.progress import console
+from ..training.progress import console, show_messages
 from ..training.run_folder import RunFolder, write_atomically
 from .distill import DistillConfig, distill
 
@@ -66,6 +66,7 @@ def quickstart(config: QuickstartConfig) -> dict[str, dict[str, float]]:
     Returns:
         What ``quickstart.json`` holds: accuracies in percent and seconds, by model and metric.
     """
+    show_messages()
     out = Path(config.out)
     seconds: dict[str, float] = {}
     models: dict[str, nn.Module] = {}

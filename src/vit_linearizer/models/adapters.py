@@ -57,14 +57,14 @@ def nominal_size(model: nn.Module) -> tuple[int, int]:
     return to_2tuple(size)
 
 
-def check_plain(model: nn.Module, name: str) -> None:
+def check_plain(model: nn.Module, name: str, *, field: str = "model") -> None:
     """Refuse backbones without one grid of patch tokens from first block to last (Swin, ConvNeXt, ...)."""
     needed = ("patch_embed", "num_prefix_tokens", "feature_info", "forward_intermediates")
     plain = all(hasattr(model, attribute) for attribute in needed) and hasattr(model.patch_embed, "patch_size")
     if not plain or "return_prefix_tokens" not in inspect.signature(model.forward_intermediates).parameters:  # type: ignore[arg-type]
-        raise UserError("model", name, "is not a plain backbone of patch tokens; use a ViT, e.g. vit_base_patch16_224")
+        raise UserError(field, name, "is not a plain backbone of patch tokens; use a ViT, e.g. vit_base_patch16_224")
     if getattr(model, "in_chans", 3) != 3:
-        raise UserError("model", name, f"takes {model.in_chans} channels; images have 3")
+        raise UserError(field, name, f"takes {model.in_chans} channels; images have 3")
 
 
 def normalize(model: nn.Module, images: Tensor) -> Tensor:

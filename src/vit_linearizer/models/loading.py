@@ -58,6 +58,8 @@ def save_model_folder(model: nn.Module, folder: Path) -> None:
     for leftover in (fresh, old):
         shutil.rmtree(leftover, ignore_errors=True)
     save_for_hf(model, str(fresh), safe_serialization=True)
+    for file in fresh.iterdir():  # safetensors are written for their owner alone
+        file.chmod((fresh / "config.json").stat().st_mode)
     if folder.exists():
         folder.rename(old)
     fresh.rename(folder)

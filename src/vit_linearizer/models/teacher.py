@@ -65,7 +65,7 @@ def agreeing_size(
         UserError: unknown or unfit model, or the size asked for gives another grid; the message names the one that does not.
     """
     probe = probe_backbone(name, field="--teacher", architecture=architecture)
-    check_plain(probe, name)
+    check_plain(probe, name, field="--teacher")
     height, width = patch_size(probe)
     agreeing = (student_grid[0] * height, student_grid[1] * width)
     if image_size is not None and image_size != agreeing:

@@ -8,6 +8,7 @@ import time
 from types import TracebackType
 
 from rich.console import Console
+from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 logger = logging.getLogger("vit_linearizer")
@@ -15,9 +16,18 @@ logger = logging.getLogger("vit_linearizer")
 #: Where everything for the user's eyes goes, so that bars and messages do not tear each other.
 console = Console()
 
+
 _PLAIN_SECONDS = 30.0
 #: Data wait above this share deserves a hint.
 _WAIT_WORTH_A_HINT = 0.1
+
+
+def show_messages() -> None:
+    """Let the package's messages be seen: on the console, unless the caller has set up logging of their own."""
+    if not logger.handlers and not logging.getLogger().handlers:
+        logger.addHandler(RichHandler(console=console, show_time=False, show_level=False, show_path=False))
+    if logger.level == logging.NOTSET:
+        logger.setLevel(logging.INFO)
 
 
 class ProgressLine:
