@@ -15,7 +15,6 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-import vit_linearizer
 from vit_linearizer.commands.distill import DistillConfig
 from vit_linearizer.models.loading import save_model_folder
 
@@ -75,5 +74,4 @@ def small_run(photos: Path, small_teacher: Path, tmp_path: Path):
         )
         return DistillConfig(**{**settings, **values})
 
-    assert vit_linearizer.__version__
     return make

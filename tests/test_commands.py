@@ -1,7 +1,6 @@
 """The commands as a user meets them: help, dry run, errors in one line, the quickstart, every command of the README."""
 
 import json
-import logging
 import re
 import shlex
 from pathlib import Path
@@ -276,7 +275,3 @@ def test_sizes(text: str | None, size: tuple | None) -> None:
 def test_model_arguments() -> None:
     parsed = parse_model_args("--student-args", ("depth=4", "flip=released", "img_size=(32, 64)"))
     assert parsed == {"depth": 4, "flip": "released", "img_size": (32, 64)}
-
-
-def test_the_log_is_the_packages_own() -> None:
-    assert logging.getLogger("vit_linearizer").propagate
