@@ -261,7 +261,7 @@ def test_forward_intermediates_takes_the_blocks_named(indices, taken, stop_early
 
 
 def test_forward_intermediates_refuses_an_unknown_format():
-    with pytest.raises(ValueError, match="output_fmt='NHWC': choose NCHW or NLC"):
+    with pytest.raises(ValueError, match="output_fmt=NHWC: choose NCHW or NLC"):
         small_model().forward_intermediates(images(), output_fmt="NHWC")
 
 

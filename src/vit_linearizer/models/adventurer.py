@@ -1,96 +1,24 @@
 """Adventurer: a plain stack of Mamba-2 mixers and SwiGLUs over image patches, linear in the number of tokens.
 
-Source: Adventurer (arXiv 2410.07599), the student of ViT-Linearizer (arXiv 2504.00037, table 7). Two ideas let a causal
-mixer see the whole image:
-
-- heading average: the mean of all tokens is put before the first, so that every position has seen a summary;
-- inter-layer flipping: some blocks read the patches in reverse. The class token stands last and stays there.
-
-Both live inside a block: between blocks the stream is always [patches in raster order, class token], and outside the
-model it is timm's [class token, patches]. Parameter names are those of the published weights.
+Source: Adventurer (arXiv 2410.07599), the student of ViT-Linearizer (arXiv 2504.00037, table 7). Inside a block
+(`adventurer_block`) tokens may be reversed and summarised; between blocks the stream is always [patches in raster order,
+class token], and outside the model it is timm's [class token, patches]. Parameter names are those of the published
+weights.
 """
 
-import math
 from typing import Any, Literal
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
-from timm.layers import DropPath, PatchEmbed, lecun_normal_, trunc_normal_
+from timm.layers import PatchEmbed, lecun_normal_, trunc_normal_
 from timm.models import checkpoint
 from timm.models._features import feature_take_indices
 from timm.models._input import update_model_input_size
 from torch import Tensor
 
 from ..ops import Implementation, resample_position_embedding
-from .mamba2 import Mamba2, RMSNorm
-
-Flip = Literal["alternate", "released"]
-
-#: Which blocks read in reverse. ``alternate`` is the paper's rule, two blocks forward and two in reverse; ``released``
-#: is what the public weights were trained with, where only blocks 2 and 3 flip.
-FLIP_RULES = {
-    "alternate": lambda block: (block // 2) % 2 == 1,
-    "released": lambda block: block // 2 == 1,
-}
-
-
-class SwiGLU(nn.Module):
-    """``w3(SiLU(w1 x) * w2 x)``."""
-
-    def __init__(self, dim: int, hidden_dim: int, *, device=None, dtype=None):
-        super().__init__()
-        dd = {"device": device, "dtype": dtype}
-        self.w1 = nn.Linear(dim, hidden_dim, **dd)
-        self.w2 = nn.Linear(dim, hidden_dim, **dd)
-        self.w3 = nn.Linear(hidden_dim, dim, **dd)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.w3(F.silu(self.w1(x)) * self.w2(x))
-
-
-class AdventurerBlock(nn.Module):
-    """One block: ``x + mixer(norm(x))`` in its reading order, then ``x + mlp(norm(x))``.
-
-    Args:
-        dim: width.
-        flip: whether this block reads the patches in reverse.
-    """
-
-    def __init__(
-        self,
-        dim: int,
-        *,
-        depth: int,
-        flip: bool,
-        mlp_ratio: float,
-        drop_path: float,
-        implementation: Implementation,
-        device=None,
-        dtype=None,
-    ):
-        super().__init__()
-        dd = {"device": device, "dtype": dtype}
-        self.flip = flip
-        self.norm = RMSNorm(dim, **dd)
-        self.mixer = Mamba2(dim, out_scale=1 / math.sqrt(depth), implementation=implementation, **dd)
-        self.norm_mlp = RMSNorm(dim, **dd)
-        self.mlp = SwiGLU(dim, int(mlp_ratio * dim), **dd)
-        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
-
-    def mix(self, u: Tensor) -> Tensor:
-        """The mixer in this block's reading order: ``[B, N + 1, D] -> [B, N + 1, D]``, class token last in both."""
-        patches, class_token = u[:, :-1], u[:, -1:]
-        if self.flip:
-            patches = patches.flip(1)
-        mixed = self.mixer(torch.cat([u.mean(dim=1, keepdim=True), patches, class_token], dim=1))
-        if self.flip:
-            return torch.cat([mixed[:, 1:-1].flip(1), mixed[:, -1:]], dim=1)
-        return mixed[:, 1:]
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.drop_path(self.mix(self.norm(x)))
-        return x + self.drop_path(self.mlp(self.norm_mlp(x)))
+from .adventurer_block import FLIP_RULES, AdventurerBlock, Flip
+from .mamba2 import RMSNorm
 
 
 class Adventurer(nn.Module):
@@ -142,6 +70,7 @@ class Adventurer(nn.Module):
         self.in_chans = in_chans
         self.num_features = self.head_hidden_size = self.embed_dim = embed_dim
         self.num_prefix_tokens = 1
+        self.has_class_token = True
         self.dynamic_img_size = dynamic_img_size
         self.grad_checkpointing = False
         self.patch_embed = PatchEmbed(img_size, patch_size, in_chans, embed_dim, strict_img_size=not dynamic_img_size, **dd)
@@ -164,11 +93,21 @@ class Adventurer(nn.Module):
         self.head = nn.Linear(embed_dim, num_classes, **dd) if num_classes > 0 else nn.Identity()
         reduction = patch_size if isinstance(patch_size, int) else max(patch_size)
         self.feature_info = [dict(module=f"layers.{n}", num_chs=embed_dim, reduction=reduction) for n in range(depth)]
-        self.init_weights()
+        self.init_weights(needs_reset=False)
 
     @torch.jit.ignore
-    def init_weights(self) -> None:
-        """Truncated normal 0.02 for positions, class token and head, LeCun normal for the patches, zero biases."""
+    def init_weights(self, needs_reset: bool = True) -> None:
+        """Truncated normal 0.02 for positions, class token and head, LeCun normal for the patches, zero biases.
+
+        Args:
+            needs_reset: initialise the parts too that do it themselves when built, e.g. after ``to_empty``.
+        """
+        if needs_reset:
+            for module in self.modules():
+                if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | RMSNorm):
+                    module.reset_parameters()
+            for block in self.layers:
+                block.mixer.init_weights()  # type: ignore[union-attr, operator]  # blocks have a mixer
         trunc_normal_(self.pos_embed, std=0.02)
         trunc_normal_(self.cls_token, std=0.02)
         lecun_normal_(self.patch_embed.proj.weight)
@@ -189,7 +128,10 @@ class Adventurer(nn.Module):
         """``[B, in_chans, H, W] -> [B, 1 + N, D]``: class token, then patches in raster order, after the final norm."""
         x = self.embed(x)
         for block in self.layers:
-            x = checkpoint(block, x) if self.grad_checkpointing and not torch.jit.is_scripting() else block(x)
+            if self.grad_checkpointing and not torch.jit.is_scripting():
+                x = checkpoint(block, x)
+            else:
+                x = block(x)
         return _class_first(self.norm_f(x))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
@@ -213,36 +155,77 @@ class Adventurer(nn.Module):
         stop_early: bool = False,
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
-    ) -> Any:
+        output_dict: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]] | dict[str, Any]:
         """timm's `forward_intermediates`: outputs of chosen blocks, and the final features.
 
         Args:
             x: ``[B, in_chans, H, W]``.
             indices: the last n blocks if an int, all if None, else the blocks named.
-            return_prefix_tokens: give each intermediate as (patches, class token).
+            return_prefix_tokens: give each intermediate as (patches, class token); not in TorchScript.
             norm: put each intermediate through the final norm.
             stop_early: do not run blocks behind the last one named.
             output_fmt: ``NCHW`` maps or ``NLC`` tokens.
             intermediates_only: leave out the final features.
+            output_dict: return a dictionary.
 
         Returns:
-            The intermediates, or (final features as of `forward_features`, intermediates).
+            The intermediates, or (final features as of `forward_features`, intermediates), or both in a dictionary as
+            ``image_features``, ``image_intermediates`` and ``image_intermediates_prefix`` (class tokens, where asked for).
         """
         if output_fmt not in ("NCHW", "NLC"):
-            raise ValueError(f"output_fmt={output_fmt!r}: choose NCHW or NLC")
+            raise ValueError(f"output_fmt={output_fmt}: choose NCHW or NLC")
         taken, last = feature_take_indices(len(self.layers), indices)
         height, width = self.patch_embed.dynamic_feat_size((x.shape[-2], x.shape[-1]))
         x = self.embed(x)
-        intermediates = []
-        for n, block in enumerate(self.layers[: last + 1] if stop_early else self.layers):
-            x = checkpoint(block, x) if self.grad_checkpointing else block(x)
+        intermediates: list[Tensor] = []
+        prefix: list[Tensor] = []
+        if torch.jit.is_scripting() or not stop_early:  # TorchScript cannot slice modules
+            layers = self.layers
+        else:
+            layers = self.layers[: last + 1]
+        for n, block in enumerate(layers):
+            if self.grad_checkpointing and not torch.jit.is_scripting():
+                x = checkpoint(block, x)
+            else:
+                x = block(x)
             if n in taken:
                 y = self.norm_f(x) if norm else x
-                patches, class_token = y[:, :-1], y[:, -1:]
+                patches = y[:, :-1]
                 if output_fmt == "NCHW":
-                    patches = patches.transpose(1, 2).unflatten(2, (height, width)).contiguous()
-                intermediates.append((patches, class_token) if return_prefix_tokens else patches)
-        return intermediates if intermediates_only else (_class_first(self.norm_f(x)), intermediates)
+                    patches = patches.transpose(1, 2).unflatten(2, [height, width]).contiguous()
+                intermediates.append(patches)
+                prefix.append(y[:, -1:])
+        if output_dict:
+            result: dict[str, Any] = {"image_intermediates": intermediates}
+            if return_prefix_tokens:
+                result["image_intermediates_prefix"] = prefix
+            if not intermediates_only:
+                result["image_features"] = _class_first(self.norm_f(x))
+            return result
+        if not torch.jit.is_scripting() and return_prefix_tokens:
+            intermediates = list(zip(intermediates, prefix, strict=True))  # type: ignore[arg-type]
+        if intermediates_only:
+            return intermediates
+        return _class_first(self.norm_f(x)), intermediates
+
+    def get_intermediate_layers(
+        self,
+        x: Tensor,
+        n: int | list[int] | tuple[int, ...] = 1,
+        reshape: bool = False,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+    ) -> list[Any]:
+        """DINO's interface to `forward_intermediates`: the last ``n`` blocks or those named, ``reshape`` for maps."""
+        return self.forward_intermediates(  # type: ignore[return-value]  # a list, as intermediates alone are asked for
+            x,
+            indices=n if isinstance(n, int) else list(n),
+            return_prefix_tokens=return_prefix_tokens,
+            norm=norm,
+            output_fmt="NCHW" if reshape else "NLC",
+            intermediates_only=True,
+        )
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
@@ -271,9 +254,9 @@ class Adventurer(nn.Module):
             self.global_pool = global_pool  # type: ignore[assignment]  # checked above
         self.num_classes = num_classes
         like = self.cls_token
-        self.head = nn.Identity()
+        self.head = nn.Identity().train(self.training)
         if num_classes > 0:
-            self.head = nn.Linear(self.embed_dim, num_classes, device=like.device, dtype=like.dtype)
+            self.head = nn.Linear(self.embed_dim, num_classes, device=like.device, dtype=like.dtype).train(self.training)
             trunc_normal_(self.head.weight, std=0.02)
             nn.init.zeros_(self.head.bias)
 
@@ -284,7 +267,7 @@ class Adventurer(nn.Module):
         taken, last = feature_take_indices(len(self.layers), indices)
         self.layers = self.layers[: last + 1]
         if prune_norm:
-            self.norm_f = nn.Identity()  # type: ignore[assignment]
+            self.norm_f = nn.Identity().train(self.training)  # type: ignore[assignment]
         if prune_head:
             self.reset_classifier(0, "")
         return taken

@@ -20,10 +20,15 @@ class RMSNorm(nn.Module):
     def __init__(self, dim: int, eps: float = 1e-5, *, device=None, dtype=None):
         super().__init__()
         self.eps = eps
-        self.weight = nn.Parameter(torch.ones(dim, device=device, dtype=dtype))
+        self.weight = nn.Parameter(torch.empty(dim, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    @torch.jit.ignore
+    def reset_parameters(self) -> None:
+        nn.init.ones_(self.weight)
 
     def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
-        return rms_norm(x, self.weight, eps=self.eps, gate=gate)
+        return rms_norm(x, self.weight, self.eps, gate)
 
 
 class Mamba2(nn.Module):
@@ -61,7 +66,7 @@ class Mamba2(nn.Module):
         self.state_dim = state_dim
         self.head_dim = head_dim
         self.out_scale = out_scale
-        self.implementation: Implementation = implementation
+        self.implementation: str = implementation
         if self.inner_dim % head_dim:
             raise ValueError(f"inner width {self.inner_dim} (expand {expand} x dim {dim}) must be a multiple of {head_dim}")
         self.num_heads = self.inner_dim // head_dim
@@ -75,6 +80,7 @@ class Mamba2(nn.Module):
         self.out_proj = nn.Linear(self.inner_dim, dim, bias=False, **dd)
         self.init_weights()
 
+    @torch.jit.ignore
     def init_weights(self) -> None:
         """dt log-uniform in [1e-3, 1e-1] through the inverse softplus, A uniform in [1, 16], D one, scaled ``out_proj``."""
         with torch.no_grad():
@@ -89,12 +95,12 @@ class Mamba2(nn.Module):
     def forward(self, u: Tensor) -> Tensor:
         """``[B, L, dim] -> [B, L, dim]``; output t depends on inputs 0..t only."""
         z, xBC, dt = self.in_proj(u).split([self.inner_dim, self.inner_dim + 2 * self.state_dim, self.num_heads], dim=-1)
-        xBC = causal_conv_silu(xBC, self.conv1d.weight, self.conv1d.bias)  # type: ignore[arg-type]  # it has a bias
+        xBC = causal_conv_silu(xBC, self.conv1d.weight, self.conv1d.bias)
         x, B, C = xBC.split([self.inner_dim, self.state_dim, self.state_dim], dim=-1)
         # Step sizes and decays stay in fp32 (or better): they are exponentiated over the whole sequence.
         exact = torch.promote_types(dt.dtype, torch.float32)
         dt = F.softplus(dt.to(exact) + self.dt_bias.to(exact))
         A = -torch.exp(self.A_log.to(exact))
-        x = x.unflatten(-1, (self.num_heads, self.head_dim))
+        x = x.unflatten(-1, [self.num_heads, self.head_dim])
         y = ssd(x, dt, A, B, C, self.D.to(exact), implementation=self.implementation)
-        return self.out_proj(self.norm(y.flatten(2), gate=z))
+        return self.out_proj(self.norm(y.flatten(2), z))

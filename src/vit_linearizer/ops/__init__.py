@@ -13,8 +13,9 @@ from torch import Tensor
 from ..contracts import UserError, did_you_mean
 from .causal_conv import causal_conv_silu
 from .position_embedding import resample_position_embedding
+from .recording import exporting
 from .rms_norm import rms_norm
-from .ssd_chunked import ssd_chunked
+from .ssd_chunked import ssd_chunked, ssd_plain
 from .ssd_reference import ssd_reference
 
 Implementation = Literal["auto", "reference", "chunked"]
@@ -32,17 +33,32 @@ def choose_scan(device: torch.device) -> tuple[str, str]:
 
 
 @register_notrace_function
-def ssd(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, *, implementation: Implementation = "auto"
-) -> Tensor:
+def ssd(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, implementation: str = "auto") -> Tensor:
     """The Mamba-2 scan; shapes as in `ssd_reference`.
 
+    Programs that leave PyTorch (TorchScript, export) always get the plain form, whatever is installed or asked for.
+
     Args:
-        implementation: ``auto`` for `choose_scan`'s choice, or one by name.
+        x: as in `ssd_reference`, and the tensors after it.
+        dt: as there.
+        A: as there.
+        B: as there.
+        C: as there.
+        D: as there.
+        implementation: ``auto`` for `choose_scan`'s choice, or one by name, see `Implementation`.
 
     Raises:
         UserError: there is no implementation of that name.
     """
+    if torch.jit.is_scripting():
+        return ssd_plain(x, dt, A, B, C, D, at_once=False)
+    else:  # a branch that TorchScript leaves out
+        if exporting():
+            return ssd_plain(x, dt, A, B, C, D, at_once=True)
+        return _dispatch(x, dt, A, B, C, D, implementation)
+
+
+def _dispatch(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, implementation: str) -> Tensor:
     name = choose_scan(x.device)[0] if implementation == "auto" else implementation
     if name not in _SCANS:
         known = get_args(Implementation)

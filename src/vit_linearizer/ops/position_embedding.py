@@ -19,9 +19,14 @@ def resample_position_embedding(embedding: Tensor, old_grid: tuple[int, int], ne
     Returns:
         ``[1, H' * W' + 1, D]``; the argument itself when the grids agree.
     """
-    if tuple(old_grid) == tuple(new_grid):
+    # A symbolic grid (export) is never compared: resampling to the same grid is the identity, and leaves no guard.
+    if not _symbolic(new_grid) and old_grid[0] == new_grid[0] and old_grid[1] == new_grid[1]:
         return embedding
     patches = resample_abs_pos_embed(
-        embedding[:, :-1], new_size=list(new_grid), old_size=list(old_grid), num_prefix_tokens=0
+        embedding[:, :-1], new_size=[new_grid[0], new_grid[1]], old_size=[old_grid[0], old_grid[1]], num_prefix_tokens=0
     )
     return torch.cat([patches, embedding[:, -1:]], dim=1)
+
+
+def _symbolic(grid: tuple[int, int]) -> bool:
+    return False if torch.jit.is_scripting() else any(isinstance(side, torch.SymInt) for side in grid)

@@ -13,8 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .recording import recording
 
-def rms_norm(x: Tensor, weight: Tensor, *, eps: float = 1e-5, gate: Tensor | None = None) -> Tensor:
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5, gate: Tensor | None = None) -> Tensor:
     """Normalise the last dimension by its root mean square, in fp32 or better.
 
     Args:
@@ -26,9 +28,12 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float = 1e-5, gate: Tensor | Non
     Returns:
         ``[..., D]`` in the dtype of ``x``.
     """
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        return _RMSNorm.apply(x, weight, eps, gate)
-    return _forward(x, weight, eps, gate)[0]
+    if torch.jit.is_scripting():
+        return _forward(x, weight, eps, gate)[0]
+    else:  # a branch that TorchScript leaves out
+        if torch.is_grad_enabled() and not recording():
+            return _RMSNorm.apply(x, weight, eps, gate)
+        return _forward(x, weight, eps, gate)[0]
 
 
 def _forward(x: Tensor, weight: Tensor, eps: float, gate: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,8 @@ One group is shared by all heads: ``C B^T``, ``B^T x`` and ``C S`` are computed 
 It must equal ``ssd_reference`` on outputs and gradients.
 
 Differentiating this form with autograd makes about twice the passes over the chunk matrices that its derivative needs,
-so eager training goes through the hand-written `_ChunkedSSD`; tracing (``torch.compile``, export) sees the forward alone.
+so eager training goes through the hand-written `_ChunkedSSD`. Whoever records the program (TorchScript, ``torch.compile``,
+export) sees `ssd_plain`, the forward alone: only tensor operators, and differentiable by them.
 
 Shape suffixes: B batch, K chunks, Q positions in a chunk, H heads, P head dimension, N state dimension, M = B * K.
 """
@@ -24,8 +25,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .recording import recording
+
 #: Longest chunk. Work inside a chunk grows with its square, work between chunks falls with it.
 MAX_CHUNK = 72
+
+#: Up to so many chunks, a compiled program unrolls the loop over them.
+_FEW_CHUNKS = 4
+
+#: Chunks in a group where states are carried without a loop.
+_GROUP = 8
 
 #: Elements of one [B, K, H, Q, Q] temporary above which inference walks over groups of chunks: 4 MiB in fp32, so that
 #: they stay in the cache.
@@ -34,7 +43,8 @@ _SEGMENT_ELEMENTS = 1 << 20
 
 def choose_chunk(length: int, longest: int = MAX_CHUNK) -> int:
     """The chunk that cuts ``length`` into equal parts of at most ``longest``, padding each by less than one position."""
-    return math.ceil(length / max(1, math.ceil(length / longest)))
+    chunks = (length + longest - 1) // longest
+    return (length + chunks - 1) // chunks
 
 
 def ssd_chunked(
@@ -54,21 +64,47 @@ def ssd_chunked(
     Returns:
         ``[batch, L, H, P]`` in the dtype of ``x``.
     """
-    length = x.shape[1]
-    chunk = chunk_size or choose_chunk(length)
-    padding = math.ceil(length / chunk) * chunk - length
-    chunks = [F.pad(t, (0, 0) * (t.ndim - 2) + (0, padding)).unflatten(1, (-1, chunk)) for t in (x, dt, B, C)]
-    x_BKQHP, dt_BKQH, B_BKQN, C_BKQN = chunks
+    chunk = chunk_size or choose_chunk(x.shape[1])
+    x_BKQHP, dt_BKQH, B_BKQN, C_BKQN = _cut(x, chunk), _cut(dt, chunk), _cut(B, chunk), _cut(C, chunk)
     arguments = (x_BKQHP, dt_BKQH, A, B_BKQN, C_BKQN, D)
     with _without_autocast(x.device):
-        if torch.compiler.is_compiling():
-            y_BKQHP = _forward(*arguments)[0]
+        if recording():
+            y_BKQHP = _forward(*arguments, at_once=x_BKQHP.shape[1] > _FEW_CHUNKS)[0]
         elif torch.is_grad_enabled() and any(t.requires_grad for t in arguments):
             y_BKQHP = _ChunkedSSD.apply(*arguments)
         else:
             y_BKQHP = _forward_in_segments(*arguments)
-    y = y_BKQHP.flatten(1, 2)
-    return y[:, :length] if padding else y
+    return y_BKQHP.flatten(1, 2)[:, : x.shape[1]]
+
+
+def ssd_plain(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, at_once: bool, longest: int = MAX_CHUNK
+) -> Tensor:
+    """`ssd_chunked` as a program to be recorded: TorchScript can compile it, export can trace it.
+
+    Args:
+        x: as in `ssd_chunked`, and the tensors after it.
+        dt: as above.
+        A: as above.
+        B: as above.
+        C: as above.
+        D: as above.
+        at_once: carry states without a loop over the chunks, so that the program holds for any length.
+        longest: longest chunk; with ``at_once`` every chunk.
+    """
+    # A chunk that depended on a symbolic length would make every size below symbolic too.
+    chunk = longest if at_once else choose_chunk(x.shape[1], longest)
+    y_BKQHP = _forward(_cut(x, chunk), _cut(dt, chunk), A, _cut(B, chunk), _cut(C, chunk), D, None, False, at_once)[0]
+    return _copy(y_BKQHP.flatten(1, 2).narrow(1, 0, x.shape[1]))
+
+
+def _cut(t: Tensor, chunk: int) -> Tensor:
+    """``[batch, L, ...] -> [batch, chunks, chunk, ...]``, padded with zeros: they add nothing to a state."""
+    length = t.shape[1]
+    # Ceil-division, and no branch on the padding, leave no guard on the length where it is symbolic.
+    chunks = (length + chunk - 1) // chunk
+    padding = [0, 0] * (t.dim() - 2) + [0, chunks * chunk - length]
+    return F.pad(t, padding).unflatten(1, [chunks, chunk])
 
 
 def _without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
@@ -83,20 +119,57 @@ def _causal_decay(a_BKHQ: Tensor) -> Tensor:
     return (a_BKHQ[..., :, None] - a_BKHQ[..., None, :]).masked_fill_(future, -math.inf).exp_()
 
 
-def _decays(dt_BKHQ: Tensor, A_H: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Cumulated log decay a; decay from the chunk's start to i; dt and decay from j to the chunk's end; whole chunk."""
+def _decays(dt_BKHQ: Tensor, A_H: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Cumulated log decay a; decay from the chunk's start to i; decay from j to the chunk's end."""
     a_BKHQ = torch.cumsum(dt_BKHQ * A_H[:, None], dim=-1)
-    return a_BKHQ, a_BKHQ.exp(), torch.exp(a_BKHQ[..., -1:] - a_BKHQ), torch.exp(a_BKHQ[..., -1])
+    return a_BKHQ, a_BKHQ.exp(), torch.exp(a_BKHQ[..., -1:] - a_BKHQ)
 
 
 def _carry(local_BKNHP: Tensor, whole_BKH: Tensor, state_BNHP: Tensor | None) -> tuple[Tensor, Tensor]:
     """The state entering each chunk, and the one after the last: S_{k+1} = whole_k S_k + local_k."""
     state = torch.zeros_like(local_BKNHP[:, 0]) if state_BNHP is None else state_BNHP
-    entering = []
+    entering: list[Tensor] = []
     for k in range(local_BKNHP.shape[1]):
         entering.append(state)
         state = torch.addcmul(local_BKNHP[:, k], state, whole_BKH[:, k, None, :, None])
     return torch.stack(entering, dim=1), state
+
+
+def _carry_at_once(local_BKNHP: Tensor, log_whole_BKH: Tensor) -> Tensor:
+    """The states entering each chunk as in `_carry`, without a loop: inside groups of chunks (J), then over groups (G).
+
+    Two levels keep the work near linear for all lengths that matter: the second one's square counts groups of 576 positions.
+    Nothing below branches on a size or a stride, so that a symbolic number of chunks stays free.
+    """
+    chunks, state_dim, _, head_dim = local_BKNHP.shape[1:]
+    local_BHKc = _copy(local_BKNHP.permute(0, 3, 1, 2, 4)).flatten(3)
+    log_whole_BHK = _copy(log_whole_BKH.transpose(1, 2))
+    groups = (chunks + _GROUP - 1) // _GROUP
+    padding = groups * _GROUP - chunks
+    local_BHGJc = F.pad(local_BHKc, [0, 0, 0, padding]).unflatten(2, [groups, _GROUP])
+    log_whole_BHGJ = F.pad(log_whole_BHK, [0, padding]).unflatten(2, [groups, _GROUP])
+    within_BHGJc = _running_states(local_BHGJc, log_whole_BHGJ)
+    after_BHGc = _running_states(_copy(within_BHGJc[..., -1, :]), log_whole_BHGJ.sum(-1))
+    entering_BHGc = F.pad(after_BHGc, [0, 0, 1, 0]).narrow(2, 0, groups)
+    decay_BHGJ = torch.cumsum(log_whole_BHGJ, -1).exp()
+    after_BHKc = (within_BHGJc + decay_BHGJ[..., None] * entering_BHGc[..., None, :]).flatten(2, 3)
+    entering_BHKc = _copy(F.pad(after_BHKc, [0, 0, 1, 0]).narrow(2, 0, chunks))
+    return _copy(entering_BHKc.unflatten(3, [state_dim, head_dim]).permute(0, 2, 3, 1, 4))
+
+
+def _running_states(local_XKc: Tensor, log_decay_XK: Tensor) -> Tensor:
+    """The state after each step, S_k = exp(log_decay_k) S_{k-1} + local_k, as one matrix product; X is any batch."""
+    steps = local_XKc.shape[-2]
+    ones_KK = torch.ones(steps, steps, dtype=log_decay_XK.dtype, device=local_XKc.device)
+    # log of the decay from j to k, summed over the steps between them alone: differences of long sums would lose digits.
+    log_decay_XKK = torch.matmul(ones_KK.tril() * log_decay_XK[..., None, :], ones_KK.tril(-1))
+    decay_XKK = torch.where(ones_KK.triu(1) > 0, -math.inf, log_decay_XKK).exp()
+    return torch.matmul(decay_XKK, local_XKc)
+
+
+def _copy(t: Tensor) -> Tensor:
+    """Contiguous outright: to ask whether it is already would be a guard on symbolic sizes."""
+    return t.clone(memory_format=torch.contiguous_format)
 
 
 def _forward(
@@ -108,26 +181,35 @@ def _forward(
     D_H: Tensor,
     state_BNHP: Tensor | None = None,
     keep_state: bool = False,
-) -> tuple[Tensor, Tensor | None, tuple[Tensor | None, ...]]:
-    """Outputs, the state after the last chunk (when kept), and what the backward reuses."""
+    at_once: bool = False,
+) -> tuple[Tensor, Tensor | None, tuple[Tensor, Tensor, Tensor, Tensor | None]]:
+    """Outputs, the state after the last chunk (when kept), and what the backward reuses.
+
+    With ``at_once`` neither a loop nor a branch depends on the number of chunks.
+    """
     batch, chunks, size, heads, head_dim = x_BKQHP.shape
     work, exact = x_BKQHP.dtype, dt_BKQH.dtype
     B_MQN, C_MQN = B_BKQN.flatten(0, 1), C_BKQN.flatten(0, 1)
     dt_BKHQ = dt_BKQH.transpose(2, 3)
-    a_BKHQ, from_start_BKHQ, to_end_BKHQ, whole_BKH = _decays(dt_BKHQ, A_H)
+    a_BKHQ, from_start_BKHQ, to_end_BKHQ = _decays(dt_BKHQ, A_H)
 
     decay_BKHQQ = _causal_decay(a_BKHQ)
-    gram_BKQQ = torch.bmm(C_MQN, B_MQN.transpose(1, 2)).unflatten(0, (batch, chunks))
+    gram_BKQQ = torch.bmm(C_MQN, B_MQN.transpose(1, 2)).unflatten(0, [batch, chunks])
     weights_BKHQQ = (decay_BKHQQ * (gram_BKQQ[:, :, None] * dt_BKHQ[..., None, :])).to(work)
     y_BKQHP = torch.matmul(weights_BKHQQ, x_BKQHP.transpose(2, 3)).transpose(2, 3)
     y_BKQHP = torch.addcmul(y_BKQHP, x_BKQHP, D_H[:, None].to(work))
 
-    entering_BKNHP = last_BNHP = None
-    if chunks > 1 or keep_state or state_BNHP is not None:
+    entering_BKNHP: Tensor | None = None
+    last_BNHP: Tensor | None = None
+    if at_once or chunks > 1 or keep_state or state_BNHP is not None:
         into_BKQH1 = (dt_BKHQ * to_end_BKHQ).transpose(2, 3).unsqueeze(-1).to(work)
         local_MNc = torch.bmm(B_MQN.transpose(1, 2), (x_BKQHP * into_BKQH1).reshape(batch * chunks, size, -1))
         local_BKNHP = local_MNc.to(exact).view(batch, chunks, -1, heads, head_dim)
-        entering_BKNHP, last_BNHP = _carry(local_BKNHP, whole_BKH, state_BNHP)
+        log_whole_BKH = a_BKHQ[..., -1]
+        if at_once and not torch.jit.is_scripting():
+            entering_BKNHP = _carry_at_once(local_BKNHP, log_whole_BKH)
+        else:
+            entering_BKNHP, last_BNHP = _carry(local_BKNHP, log_whole_BKH.exp(), state_BNHP)
         carried_MQc = torch.bmm(C_MQN, entering_BKNHP.to(work).reshape(batch * chunks, -1, heads * head_dim))
         out_of_BKQH1 = from_start_BKHQ.transpose(2, 3).unsqueeze(-1).to(work)
         y_BKQHP = torch.addcmul(y_BKQHP, carried_MQc.view_as(x_BKQHP), out_of_BKQH1)
@@ -191,7 +273,8 @@ class _ChunkedSSD(torch.autograd.Function):
 
         # Between the chunks.
         if entering_BKNHP is not None:
-            _, from_start_BKHQ, to_end_BKHQ, whole_BKH = _decays(dt_BKHQ, A_H)
+            a_BKHQ, from_start_BKHQ, to_end_BKHQ = _decays(dt_BKHQ, A_H)
+            whole_BKH = a_BKHQ[..., -1].exp()
             out_of_BKQH1 = from_start_BKHQ.transpose(2, 3).unsqueeze(-1).to(work)
             into_BKHQ = dt_BKHQ * to_end_BKHQ
             into_BKQH1 = into_BKHQ.transpose(2, 3).unsqueeze(-1).to(work)
