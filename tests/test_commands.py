@@ -154,7 +154,7 @@ def test_any_vit_any_photos_any_size(photos: Path, tmp_path: Path) -> None:
                  "--batch-size", "8"]  # fmt: skip
     assert main(arguments) == 0
     best = torch.load(run / "checkpoints" / "best.pt", weights_only=True)["model"]
-    student = timm.create_model("adventurer_tiny_patch16_224", num_classes=0).eval()
+    student = timm.create_model("adventurer_tiny_patch16_224", num_classes=0, global_pool="avg").eval()
     student.load_state_dict({n.removeprefix("student."): v for n, v in best.items() if n.startswith("student.")})
     model = timm.create_model(f"local-dir:{run}/model", pretrained=True).eval()
     images = torch.rand(1, 3, 224, 224)

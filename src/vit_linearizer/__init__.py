@@ -14,6 +14,8 @@ from .models.loading import load
 if TYPE_CHECKING:
     from .commands.distill import DistillConfig, distill
     from .commands.doctor import DoctorConfig, doctor
+    from .commands.embed import EmbedConfig, embed
+    from .commands.export import ExportConfig, export
     from .commands.quickstart import QuickstartConfig, quickstart
 
 __version__ = "0.1.0"
@@ -22,19 +24,27 @@ __version__ = "0.1.0"
 _COMMANDS = {
     "DistillConfig": "distill",
     "DoctorConfig": "doctor",
+    "EmbedConfig": "embed",
+    "ExportConfig": "export",
     "QuickstartConfig": "quickstart",
     "distill": "distill",
     "doctor": "doctor",
+    "embed": "embed",
+    "export": "export",
     "quickstart": "quickstart",
 }
 
 __all__ = [
     "DistillConfig",
     "DoctorConfig",
+    "EmbedConfig",
+    "ExportConfig",
     "QuickstartConfig",
     "UserError",
     "distill",
     "doctor",
+    "embed",
+    "export",
     "load",
     "quickstart",
 ]

@@ -9,18 +9,24 @@ import tyro
 
 from .commands.distill import DistillConfig, distill
 from .commands.doctor import DoctorConfig, doctor
+from .commands.embed import EmbedConfig, embed
+from .commands.export import ExportConfig, export
 from .commands.quickstart import QuickstartConfig, quickstart
 from .contracts import UserError
 from .training.progress import show_messages
 
 COMMANDS: dict[type, Callable[[Any], Any]] = {
     DistillConfig: distill,
+    ExportConfig: export,
+    EmbedConfig: embed,
     QuickstartConfig: quickstart,
     DoctorConfig: doctor,
 }
 
 _Command = (
     Annotated[DistillConfig, tyro.conf.subcommand("distill")]
+    | Annotated[ExportConfig, tyro.conf.subcommand("export")]
+    | Annotated[EmbedConfig, tyro.conf.subcommand("embed")]
     | Annotated[QuickstartConfig, tyro.conf.subcommand("quickstart")]
     | Annotated[DoctorConfig, tyro.conf.subcommand("doctor")]
 )

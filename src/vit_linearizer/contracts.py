@@ -4,8 +4,10 @@ Every model becomes `Features` (models/adapters.py), every objective reads two o
 """
 
 import difflib
+import importlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from types import ModuleType
 
 from torch import Tensor
 
@@ -58,3 +60,20 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """'; did you mean A, B?' for names close to ``name``, or an empty string."""
     close = difflib.get_close_matches(name, list(known), n=3, cutoff=0.6)
     return f"; did you mean {', '.join(close)}?" if close else ""
+
+
+def optional_import(module: str, *, extra: str, purpose: str) -> ModuleType:
+    """Import a package that not every user has installed.
+
+    Args:
+        module: name of the module.
+        extra: the optional dependency that brings it.
+        purpose: the flag or feature that needs it.
+
+    Raises:
+        UserError: it is not installed; says how to get it.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise UserError(purpose, None, f"needs {module}; pip install 'vit-linearizer[{extra}]'") from error

@@ -1,11 +1,43 @@
-"""What several commands read from their flags: image sizes, and ``name=value`` arguments of a model."""
+"""What several commands read from their flags: image sizes, ``name=value`` arguments of a model, and a model itself."""
 
 import ast
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import torch.nn as nn
+import tyro
+
 from ..contracts import UserError
+from ..models.loading import open_model
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """One model to work on.
+
+    Attributes:
+        model: run folder, timm name, hf-hub:OWNER/NAME, local-dir:FOLDER, or a weight file (with --model-arch).
+        model_arch: timm name of the architecture, when the model is a weight file.
+        model_args: arguments of the architecture, as name=value (e.g. flip=released).
+        model_pretrained: load a timm name's pretrained weights.
+    """
+
+    model: tyro.conf.Positional[str]
+    model_arch: str | None = None
+    model_args: tuple[str, ...] = ()
+    model_pretrained: bool = True
+
+    def open(self, **model_args: Any) -> nn.Module:
+        """The model in evaluation mode; ``model_args`` stand behind those of the user."""
+        return open_model(
+            self.model,
+            field="--model",
+            architecture=self.model_arch,
+            pretrained=self.model_pretrained,
+            **{**model_args, **parse_model_args("--model-args", self.model_args)},
+        ).eval()
 
 
 def parse_size(field: str, text: str | None) -> tuple[int, int] | None:

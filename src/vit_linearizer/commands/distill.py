@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import timm
 import timm.data
 import torch
 import torch.nn as nn
@@ -187,6 +188,8 @@ def distill(config: DistillConfig) -> Path:
     )
     torch.manual_seed(config.seed)
     student_args |= {"img_size": image_size, "drop_path_rate": recipe.drop_path}
+    if timm.is_model(config.student):  # what nothing trains, the class token, is not what the student should answer with
+        student_args.setdefault("global_pool", "avg")
     from_hub = config.student.startswith("hf-hub:")
     student: Any = create_backbone(config.student, **named, pretrained=from_hub, **student_args)
     student._model_args.pop("drop_path_rate", None)  # a matter of this training, not of the model

@@ -116,6 +116,44 @@ class CentreSet(Dataset[dict[str, Tensor]]):
         return item
 
 
+class ListedSet(Dataset[dict[str, Any]]):
+    """Centre views by number, each picture or the reason why it cannot be read: for results that stand by name."""
+
+    def __init__(self, source: ImageSource, numbers: Sequence[int] | np.ndarray, image_size: tuple[int, int]):
+        self.source, self.numbers = source, np.asarray(numbers)
+        self.transform = centre_transform(image_size)
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, place: int) -> dict[str, Any]:
+        number = int(self.numbers[place])
+        try:
+            return {"number": number, "image": self.transform(self.source.read(number))}
+        except UnreadableImageError as problem:
+            return {"number": number, "problem": str(problem)}
+
+
+def listed_loader(dataset: ListedSet, *, batch_size: int, num_workers: int = 0) -> DataLoader:
+    """Batches ``images`` (uint8, None where none could be read), their ``numbers``, and ``problems`` as (number, reason)."""
+    return DataLoader(
+        dataset,
+        batch_size=batch_size,
+        num_workers=num_workers,
+        collate_fn=_collate_listed,
+        worker_init_fn=_leave_signals_to_parent,
+    )
+
+
+def _collate_listed(items: list[dict[str, Any]]) -> dict[str, Any]:
+    read = [item for item in items if "image" in item]
+    return {
+        "images": torch.stack([item["image"] for item in read]) if read else None,
+        "numbers": [item["number"] for item in read],
+        "problems": [(item["number"], item["problem"]) for item in items if "problem" in item],
+    }
+
+
 def training_loader(dataset: TrainingSet, sampler: StepSampler, *, num_workers: int, pin_memory: bool) -> DataLoader:
     """Batches of this process in step order; images are uint8 ``[B, 3, H, W]``."""
     return DataLoader(

@@ -102,8 +102,7 @@ def extract_features(
         final, intermediates = model_any.forward_intermediates(
             normalize(model, images), indices=ends, return_prefix_tokens=prefix > 0, output_fmt="NLC"
         )
-    if isinstance(getattr(model, "norm", None), nn.Identity) and hasattr(model, "fc_norm"):
-        final = model_any.fc_norm(final)  # average-pooled ViTs keep their final norm behind the pooling
+    final = _final_norm(model, final)
     has_class_token = prefix > 0 and getattr(model, "cls_token", None) is not None
     found = []
     for stage in intermediates:
@@ -112,6 +111,19 @@ def extract_features(
         found.append(Features(tokens=tokens, grid=grid, class_token=class_token))
     class_token = final[:, 0] if has_class_token else None
     return Features(tokens=final[:, prefix:], grid=grid, class_token=class_token, stages=tuple(found))
+
+
+def final_patches(model: nn.Module, features: Tensor) -> Tensor:
+    """Patch tokens ``[B, N, D]`` of `extract_features` from what a backbone's own ``forward_features`` returns."""
+    model_any: Any = model
+    return _final_norm(model, features)[:, model_any.num_prefix_tokens :]
+
+
+def _final_norm(model: nn.Module, features: Tensor) -> Tensor:
+    """Average-pooled ViTs keep their final norm behind the pooling; others have applied it."""
+    if isinstance(getattr(model, "norm", None), nn.Identity) and hasattr(model, "fc_norm"):
+        return model.fc_norm(features)  # type: ignore[operator]  # a norm layer
+    return features
 
 
 @contextmanager

@@ -66,6 +66,7 @@ class Adventurer(nn.Module):
             raise ValueError(f"flip={flip!r}: choose from {', '.join(FLIP_RULES)}")
         _check_pool(global_pool)
         self.num_classes = num_classes
+        self.flip = flip
         self.global_pool = global_pool
         self.in_chans = in_chans
         self.num_features = self.head_hidden_size = self.embed_dim = embed_dim

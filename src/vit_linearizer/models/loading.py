@@ -1,9 +1,11 @@
 """From what a user types to a model: timm names, ``hf-hub:`` and ``local-dir:`` sources, weight files, run folders.
 
-Weights load as tensors only (safetensors, or ``torch.load`` with ``weights_only=True``); nothing is ever unpickled.
+Weights load as tensors only (safetensors, or ``torch.load`` with ``weights_only=True``); nothing is ever unpickled. They
+load completely or not at all, with the classifier that they bring; a backbone has it taken off afterwards.
 """
 
 import contextlib
+import logging
 import os
 import re
 import shutil
@@ -17,26 +19,28 @@ from typing import Any
 import huggingface_hub
 import timm
 import torch.nn as nn
-from timm.models import save_for_hf
+from timm.models import load_state_dict, save_for_hf
 
 from ..contracts import UserError, did_you_mean
+from .released import RELEASED, REPOSITORY
+
+logger = logging.getLogger("vit_linearizer")
 
 _WEIGHT_FILES = (".safetensors", ".pth", ".pt", ".bin", ".tar")
 
 
-def load(run: str | os.PathLike[str]) -> nn.Module:
-    """The backbone of a run, in evaluation mode: the same as ``timm.create_model("local-dir:RUN/model", pretrained=True)``.
+def load(model: str | os.PathLike[str], **model_args: Any) -> nn.Module:
+    """A trained model in evaluation mode, with its classifier where it has one.
 
     Args:
-        run: a run folder, or a folder in timm's format (``config.json`` and ``model.safetensors``).
+        model: a run folder (as ``timm.create_model("local-dir:RUN/model", pretrained=True)``), or anything that
+            `open_model` takes; names mean their pretrained weights.
+        **model_args: passed to ``timm.create_model``.
 
     Raises:
-        UserError: there is no model in it.
+        UserError: there is no model of that name, or its weights cannot be had.
     """
-    folder = model_folder(run)
-    if folder is None:
-        raise UserError("run", run, "holds no model/config.json; give a finished run folder or a timm model folder")
-    return timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    return open_model(os.fspath(model), field="model", **model_args).eval()
 
 
 def model_folder(path: str | os.PathLike[str]) -> Path | None:
@@ -51,13 +55,23 @@ def _has_weights(folder: Path) -> bool:
     return any(file.suffix in _WEIGHT_FILES for file in folder.iterdir())
 
 
-def save_model_folder(model: nn.Module, folder: Path) -> None:
-    """Write timm's folder format; a reader sees the old folder or the new one, never a half-written one."""
+def save_model_folder(model: nn.Module, folder: Path, *, card: str | None = None) -> None:
+    """Write timm's folder format; a reader sees the old folder or the new one, never a half-written one.
+
+    Args:
+        model: any timm model.
+        folder: ``config.json`` and ``model.safetensors`` go there, in place of whatever it held.
+        card: text of its ``README.md``.
+    """
     fresh, old = folder.with_name(folder.name + ".new"), _old(folder)
     recover_model_folder(folder)
     for leftover in (fresh, old):
         shutil.rmtree(leftover, ignore_errors=True)
-    save_for_hf(model, str(fresh), safe_serialization=True)
+    size = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    made_for = None if size is None else {"input_size": (getattr(model, "in_chans", 3), *size)}
+    save_for_hf(model, str(fresh), safe_serialization=True, data_config=made_for)
+    if card is not None:
+        (fresh / "README.md").write_text(card, encoding="utf-8")
     for file in fresh.iterdir():  # safetensors are written for their owner alone
         file.chmod((fresh / "config.json").stat().st_mode)
     if folder.exists():
@@ -76,6 +90,35 @@ def _old(folder: Path) -> Path:
     return folder.with_name(folder.name + ".old")
 
 
+def open_model(
+    name: str,
+    *,
+    field: str,
+    architecture: str | None = None,
+    pretrained: bool = True,
+    **model_args: Any,
+) -> nn.Module:
+    """Create a timm model from whatever names one; its weights load completely or not at all.
+
+    Args:
+        name: a timm name (with its tag), ``hf-hub:OWNER/NAME``, ``local-dir:FOLDER``, a run or model folder, or a weight
+            file (``.safetensors``, ``.pth``), on disk or as ``hf-hub:OWNER/NAME/FILE``. A weight file needs
+            ``architecture``, unless it is one of the published ones (`released.RELEASED`).
+        field: the flag that this name came from, for messages.
+        architecture: timm name that a weight file belongs to.
+        pretrained: load weights; folders and files always do, and a name without published weights never does.
+        **model_args: passed to ``timm.create_model``.
+
+    Raises:
+        UserError: unknown name, missing file, weights that do not fit, or no network to fetch them.
+    """
+    timm_name, brings_weights, found = _resolve(name, field, architecture)
+    if pretrained and not brings_weights and not _has_published_weights(timm_name):
+        logger.warning("%s has no published weights: it is random, good for trying things out", name)
+        pretrained = False
+    return _create(name, field, timm_name, pretrained or brings_weights, {**found, **model_args})
+
+
 def create_backbone(
     name: str,
     *,
@@ -84,39 +127,26 @@ def create_backbone(
     pretrained: bool = False,
     **model_args: Any,
 ) -> nn.Module:
-    """Create a timm backbone, without classifier, from whatever names one; its weights load completely or not at all.
-
-    Args:
-        name: a timm name (with its tag), ``hf-hub:OWNER/NAME``, ``local-dir:FOLDER``, a run or model folder, or a weight
-            file (``.safetensors``, ``.pth``), which needs ``architecture``.
-        field: the flag that this name came from, for messages.
-        architecture: timm name that a weight file belongs to.
-        pretrained: load weights; folders and files always do.
-        **model_args: passed to ``timm.create_model``.
-
-    Raises:
-        UserError: unknown name, missing file, weights that do not fit, or no network to fetch them.
-    """
-    timm_name, brings_weights, overlay = _resolve(name, field, architecture)
-    model: Any = _create(name, field, timm_name, pretrained or brings_weights, **overlay, **model_args)
+    """`open_model` without its classifier; random unless asked for, and an error where there are no weights to load."""
+    timm_name, brings_weights, found = _resolve(name, field, architecture)
+    model: Any = _create(name, field, timm_name, pretrained or brings_weights, {**found, **model_args})
     model.reset_classifier(0)
     return model
 
 
 def probe_backbone(name: str, *, field: str, architecture: str | None = None, **model_args: Any) -> nn.Module:
     """`create_backbone` without weights or memory (on the meta device), to ask for sizes and to check a name early."""
-    timm_name, _, _ = _resolve(name, field, architecture)
-    return _create(name, field, timm_name, False, device="meta", **model_args)
+    timm_name, _, found = _resolve(name, field, architecture)
+    return _create(name, field, timm_name, False, {**found, **model_args, "device": "meta"})
 
 
 def _resolve(name: str, field: str, architecture: str | None) -> tuple[str, bool, dict[str, Any]]:
-    """What timm calls it, whether it brings its own weights, and arguments that say where they are."""
+    """What timm calls it, whether it brings its own weights, and arguments that go with them."""
+    if name.startswith("hf-hub:") and (name.count("/") > 1 or name == f"hf-hub:{REPOSITORY}"):
+        return _resolve_file(_fetch_file(name, field, architecture), name, field, architecture)
     path = Path(name.removeprefix("local-dir:"))
     if path.is_file():
-        if architecture is None:
-            raise UserError(field, name, f"is a weight file; name its architecture too: {field}-arch vit_base_patch16_224")
-        _check_known(architecture, f"{field}-arch")
-        return architecture, True, {"pretrained_cfg_overlay": {"file": str(path)}}
+        return _resolve_file(path, name, field, architecture)
     if path.is_dir() or name.startswith("local-dir:"):
         folder = model_folder(path)
         if folder is None:
@@ -129,32 +159,107 @@ def _resolve(name: str, field: str, architecture: str | None) -> tuple[str, bool
     return name, False, {}
 
 
-def _create(name: str, field: str, timm_name: str, pretrained: bool, **model_args: Any) -> nn.Module:
+def _resolve_file(path: Path, name: str, field: str, architecture: str | None) -> tuple[str, bool, dict[str, Any]]:
+    model_args: dict[str, Any] = {}
+    if architecture is None:
+        released = RELEASED.get(path.name)
+        if released is None:
+            remedy = f"is a weight file; name its architecture too: {_flag(field, 'arch')} vit_base_patch16_224"
+            raise UserError(field, name, remedy)
+        architecture, model_args = released.architecture, released.model_args
+        said = ", ".join(f"{key}={value}" for key, value in model_args.items())
+        logger.info("%s: taken for the published weights of that name, %s with %s", path.name, architecture, said)
+    _check_known(architecture, _flag(field, "arch"))
+    classes = _classes_in_file(path, name, field, architecture)
+    overlay = {"file": str(path), "num_classes": classes}
+    return architecture, True, {"pretrained_cfg_overlay": overlay, "num_classes": classes, **model_args}
+
+
+def _classes_in_file(path: Path, name: str, field: str, architecture: str) -> int:
+    """Outputs of the classifier in a weight file, 0 without one: asked for another number, timm would load leniently."""
+    try:
+        state_dict = load_state_dict(str(path))
+    except Exception as error:  # whatever a file that is no weight file makes the readers trip over
+        raise _unreadable(name, field, error) from error
+    classifier = timm.models.get_pretrained_cfg_value(architecture, "classifier")
+    weight = state_dict.get(f"{classifier}.weight")
+    return 0 if weight is None else weight.shape[0]
+
+
+def _fetch_file(name: str, field: str, architecture: str | None) -> Path:
+    """A file of a repository on the Hub, from its local cache where it is there already."""
+    owner, repository, *parts = name.removeprefix("hf-hub:").split("/")
+    file = "/".join(parts) or (f"{architecture}.pth" if architecture else "")
+    if not file:
+        raise UserError(field, name, f"holds several models; name one, e.g. {name}/{next(iter(RELEASED))}")
+    try:
+        with _offline_when_unreachable():
+            return Path(huggingface_hub.hf_hub_download(f"{owner}/{repository}", file))
+    except Exception as error:  # the hub client has no common base class for being offline
+        remedy = f"could not be fetched ({type(error).__name__}); without network, give the file itself"
+        raise UserError(field, name, remedy) from error
+
+
+def _has_published_weights(timm_name: str) -> bool:
+    if timm_name.startswith("hf-hub:"):
+        return True
+    config = timm.get_pretrained_cfg(timm_name)
+    return config is not None and config.has_weights
+
+
+def _create(name: str, field: str, timm_name: str, pretrained: bool, model_args: dict[str, Any]) -> nn.Module:
     try:
         with _offline_when_unreachable():
             return timm.create_model(timm_name, pretrained=pretrained, **model_args)
     except (TypeError, ValueError, AssertionError) as error:
         raise UserError(field, name, f"could not be built: {_one_line(error)}") from error
-    except Exception as error:  # the hub client has no common base class for being offline
+    except Exception as error:  # as in _fetch_file
         if isinstance(error, RuntimeError) and "state_dict" in str(error):
             if _only_classifier_differs(str(error), timm_name) and "num_classes" not in model_args:
-                return _create(name, field, timm_name, pretrained, num_classes=0, **model_args)
-            raise UserError(field, name, f"its weights do not fit the architecture: {_one_line(error)}") from error
+                return _create(name, field, timm_name, pretrained, {**model_args, "num_classes": 0})
+            raise UserError(field, name, f"its weights do not fit the architecture: {_mismatch(str(error))}") from error
         if isinstance(error, Warning) or not (pretrained or timm_name.startswith("hf-hub:")):
             raise
         if timm_name.startswith("local-dir:") or "pretrained_cfg_overlay" in model_args:
-            remedy = f"cannot be read ({_one_line(error)}); save it as safetensors or as a plain state dict"
-            raise UserError(field, name, remedy) from error
-        remedy = f"its weights could not be fetched ({type(error).__name__}); without network, give a file with {field}-arch"
-        remedy += ", or --no-teacher-pretrained for random weights" if field == "--teacher" else ""
+            raise _unreadable(name, field, error) from error
+        remedy = f"its weights could not be fetched ({type(error).__name__}); without network, give a file with "
+        remedy += _flag(field, "arch")
+        if not timm_name.startswith("hf-hub:"):
+            remedy += f", or {_flag(field, 'pretrained', no=True)} for random weights"
         raise UserError(field, name, remedy) from error
 
 
-def _only_classifier_differs(message: str, timm_name: str) -> bool:
-    """Whether a strict load failed for nothing but the classifier: a file without one, or with one for other classes.
+def _flag(field: str, suffix: str, *, no: bool = False) -> str:
+    """``--teacher`` and ``arch`` to ``--teacher-arch``."""
+    return f"--{'no-' if no else ''}{field.removeprefix('--')}-{suffix}"
 
-    timm would load leniently if it were asked for another number of classes at once, and then pass over any other gap too.
-    """
+
+def _unreadable(name: str, field: str, error: Exception) -> UserError:
+    return UserError(field, name, f"cannot be read ({_one_line(error)}); save it as safetensors or as a plain state dict")
+
+
+def _mismatch(message: str) -> str:
+    """torch's report on a state dict in one line: which keys are missing, unknown or of another shape."""
+    found = []
+    for title, pattern in (
+        ("missing", r"Missing key\(s\) in state_dict: (.*)"),
+        ("unknown", r"Unexpected key\(s\).*?: (.*)"),
+    ):
+        for keys in re.findall(pattern, message):
+            names = re.findall(r'"([^"]+)"', keys)
+            found.append(f"{title} {_some(names)}")
+    shapes = re.findall(r"size mismatch for ([\w.]+): .*?\[([\d, ]*)\]\).*?\[([\d, ]*)\]\)", message)
+    if shapes:
+        found.append("another shape " + _some([f"{name} [{there}] for [{here}]" for name, there, here in shapes]))
+    return "; ".join(found) or _one_line(RuntimeError(message))
+
+
+def _some(names: list[str], most: int = 4) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def _only_classifier_differs(message: str, timm_name: str) -> bool:
+    """Whether a strict load failed for nothing but the classifier, as with pretrained weights that come without one."""
     known = not timm_name.startswith(("local-dir:", "hf-hub:"))
     classifier = (timm.models.get_pretrained_cfg_value(timm_name, "classifier") if known else None) or "head"
     prefixes = tuple([classifier] if isinstance(classifier, str) else classifier)
@@ -185,7 +290,8 @@ def _check_known(name: str, field: str) -> None:
         if tag and tags and tag not in tags:
             raise UserError(field, name, f"unknown weights; {base} has {', '.join(tags)}")
         return
-    raise UserError(field, name, f"unknown model{did_you_mean(name, timm.list_models() + timm.list_pretrained())}")
+    close = did_you_mean(name, timm.list_models() + timm.list_pretrained())
+    raise UserError(field, name, f"unknown model{close or ', and no such folder or file; see timm.list_models()'}")
 
 
 def _one_line(error: Exception) -> str:

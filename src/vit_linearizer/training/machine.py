@@ -15,17 +15,28 @@ from .config import RuntimeConfig
 logger = logging.getLogger("vit_linearizer")
 
 
+def choose_device(device: str) -> torch.device:
+    """The device that ``--device`` means: ``auto`` takes CUDA, then MPS, then the CPU.
+
+    Raises:
+        UserError: it is not there.
+    """
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if device == "auto":
+        return torch.device(next(name for name, there in available.items() if there))
+    if not available.get(device):
+        raise UserError("--device", device, "not available here; use auto or cpu (vit-linearizer doctor tells why)")
+    return torch.device(device)
+
+
 def make_accelerator(runtime: RuntimeConfig) -> Accelerator:
     """accelerate's view of this machine.
 
     Raises:
         UserError: the device asked for is not there, or cannot do the precision asked for.
     """
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if not available.get(runtime.device, True):
-        raise UserError("--device", runtime.device, "not available here; use auto or cpu (vit-linearizer doctor tells why)")
-    on_gpu = runtime.device == "cuda" or (runtime.device == "auto" and available["cuda"])
-    precision = choose_precision("cuda" if on_gpu else "cpu")[0] if runtime.precision == "auto" else runtime.precision
+    device = choose_device(runtime.device).type
+    precision = choose_precision(device)[0] if runtime.precision == "auto" else runtime.precision
     if not torch.distributed.is_initialized():
         AcceleratorState._reset_state(reset_partial_state=True)  # an earlier run of this process may have used another
     try:

@@ -1,4 +1,4 @@
-"""The line that a user watches: step, loss, images per second, time left, share of time spent waiting for data.
+"""The line that a user watches: how far, loss, images per second, time left, share of time spent waiting for data.
 
 In a terminal it is a live bar; elsewhere (a log file, a batch system) one plain line every half minute.
 """
@@ -31,17 +31,18 @@ def show_messages() -> None:
 
 
 class ProgressLine:
-    """Context manager around a training loop.
+    """Context manager around a long loop.
 
     Args:
         title: what is being done.
         first: steps done before.
         total: steps of the whole run.
         shown: False in every process but the first.
+        unit: what is counted.
     """
 
-    def __init__(self, title: str, *, first: int, total: int, shown: bool):
-        self.title, self.first, self.total, self.shown = title, first, total, shown
+    def __init__(self, title: str, *, first: int, total: int, shown: bool = True, unit: str = "step"):
+        self.title, self.first, self.total, self.shown, self.unit = title, first, total, shown, unit
         self.live: Progress | None = None
         if shown and console.is_terminal:
             self.live = Progress(
@@ -60,11 +61,13 @@ class ProgressLine:
             self.live.start()
         return self
 
-    def update(self, done: int, *, loss: float, images_per_second: float, data_wait: float) -> None:
+    def update(self, done: int, *, images_per_second: float, data_wait: float, loss: float | None = None) -> None:
         """Show the state after ``done`` steps; ``data_wait`` is a share of the time."""
         if not self.shown:
             return
-        detail = f"loss {loss:.4f}  {images_per_second:.0f} img/s  data wait {data_wait:.0%}"
+        detail = f"{images_per_second:.{0 if images_per_second >= 10 else 1}f} img/s  data wait {data_wait:.0%}"
+        if loss is not None:
+            detail = f"loss {loss:.4f}  {detail}"
         if data_wait > _WAIT_WORTH_A_HINT:
             detail += " (try more --num-workers)"
         if self.live is not None:
@@ -74,7 +77,7 @@ class ProgressLine:
         if now - self.spoke >= _PLAIN_SECONDS or done == self.total:
             self.spoke = now
             left = (now - self.started) / max(1, done - self.first) * (self.total - done)
-            logger.info("%s: step %d of %d  %s  %s left", self.title, done, self.total, detail, duration(left))
+            logger.info("%s: %s %d of %d  %s  %s left", self.title, self.unit, done, self.total, detail, duration(left))
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
         if self.live is not None:

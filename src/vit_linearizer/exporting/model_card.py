@@ -1,0 +1,152 @@
+"""The model card: what a model is, what it was distilled from and under which licence, how well it does, how to use it."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch.nn as nn
+
+from ..models.adapters import nominal_size
+
+#: Settings of a run that a reader of its card asks for, where it has them.
+_SETTINGS = (
+    "recipe",
+    "images",
+    "image_size",
+    "teacher_image_size",
+    "epochs",
+    "batch_size",
+    "learning_rate",
+    "mask_ratio",
+    "activation_matching_weight",
+    "masked_prediction_weight",
+    "feature_regression_weight",
+    "seed",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """What is known of where a model comes from.
+
+    Attributes:
+        name: what to call it.
+        settings: resolved configuration of the run it comes from, empty for a model that comes from none.
+        figures: the run's evaluation, by metric.
+    """
+
+    name: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    figures: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def teacher(self) -> str | None:
+        """Its teacher, without the folders of the machine it was distilled on."""
+        teacher = self.settings.get("teacher")
+        return Path(teacher).name if teacher and Path(teacher).exists() else teacher
+
+    @property
+    def licence(self) -> str | None:
+        """Licence of the teacher's weights as timm knows it; a student is usually bound by it."""
+        name = self.settings.get("teacher_arch") or self.settings.get("teacher")
+        known = name is not None and timm.is_model(str(name).partition(".")[0])
+        config = timm.get_pretrained_cfg(str(name)) if known and self.settings.get("teacher_pretrained", True) else None
+        return config.license if config is not None else None
+
+
+def find_origin(model: str) -> Origin:
+    """Read the run that a name stands for, if it is one."""
+    run = Path(model.removeprefix("local-dir:"))
+    if run.name == "model" and (run.parent / "metrics.jsonl").exists():
+        run = run.parent
+    if not (run / "metrics.jsonl").exists():
+        return Origin(name=run.name if run.exists() else model)
+    settings, figures = ({}, {})
+    if (run / "config.json").exists():
+        settings = json.loads((run / "config.json").read_text(encoding="utf-8"))
+    if (run / "evaluation.json").exists():
+        figures = json.loads((run / "evaluation.json").read_text(encoding="utf-8"))
+    return Origin(name=run.resolve().name, settings=settings, figures=figures)
+
+
+def write_card(origin: Origin, model: nn.Module, program: Mapping[str, str] | None = None) -> str:
+    """The card as Markdown with the Hub's front matter.
+
+    Args:
+        origin: where the model comes from.
+        model: the model.
+        program: facts about an exported program, by name; None for timm's folder.
+    """
+    any_model: Any = model
+    classes = getattr(any_model, "num_classes", 0)
+    architecture = any_model.pretrained_cfg["architecture"]
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    height, width = nominal_size(model)
+    facts = {
+        "architecture": f"`{architecture}`, {parameters / 1e6:.1f} M parameters",
+        "made for": f"{height}x{width} images",
+        "gives": f"logits of {classes} classes" if classes else f"features of width {any_model.num_features}",
+    }
+    if hasattr(model, "flip"):
+        facts["flip rule"] = f"`{model.flip}`"
+    if origin.teacher:
+        licence = origin.licence or "not known here: look at where the teacher comes from before you pass this model on"
+        facts |= {"teacher": f"`{origin.teacher}`", "licence of the teacher": licence}
+    sections = [
+        _front_matter(origin, classes),
+        f"# {_plain(origin.name)}\n",
+        _about(origin) + "\n",
+        _table(("", ""), facts),
+    ]
+    shown = {name: origin.settings[name] for name in _SETTINGS if origin.settings.get(name) is not None}
+    if shown:
+        sections.append("## How it was trained\n\n" + _table(("setting", "value"), shown))
+    if origin.figures:
+        sections.append(
+            "## Figures\n\nOn held-out images of the run; `docs/metrics.md` of vit-linearizer says what each means.\n\n"
+            + _table(("metric", "value"), origin.figures)
+        )
+    sections.append("## Program\n\n" + _table(("", ""), program) if program else _use())
+    return "\n".join(sections)
+
+
+def _about(origin: Origin) -> str:
+    if origin.teacher:
+        return f"A linear-time vision backbone, distilled without labels from `{origin.teacher}` with vit-linearizer."
+    return "A vision model, exported with vit-linearizer."
+
+
+def _front_matter(origin: Origin, classes: int) -> str:
+    kind = "image-classification" if classes else "image-feature-extraction"
+    lines = ["---", "library_name: timm", f"pipeline_tag: {kind}", "tags:", f"- {kind}", "- timm", "- vit-linearizer"]
+    if origin.licence:
+        lines.append(f"license: {json.dumps(origin.licence)}")
+    return "\n".join([*lines, "---\n"])
+
+
+def _use() -> str:
+    return (
+        "## Use\n\n```python\nimport timm\nimport vit_linearizer  # registers the architecture\n\n"
+        'model = timm.create_model("local-dir:THIS_FOLDER", pretrained=True).eval()  # or hf-hub:OWNER/NAME\n'
+        "config = timm.data.resolve_model_data_config(model)  # mean and deviation of its images\n```\n"
+    )
+
+
+def _table(head: tuple[str, str], rows: Mapping[str, Any]) -> str:
+    lines = [f"| {head[0]} | {head[1]} |", "|---|---|"]
+    lines += [f"| {_plain(name)} | {_plain(_shown(value))} |" for name, value in rows.items()]
+    return "\n".join(lines) + "\n"
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return "x".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _plain(text: str) -> str:
+    """Text that cannot end a table's cell or start a tag."""
+    return " ".join(str(text).split()).replace("|", "\\|").replace("<", "&lt;")

@@ -1,0 +1,73 @@
+"""ONNX: one file, compared with PyTorch in onnxruntime before it gets its name."""
+
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch.export import ExportedProgram
+
+from ..contracts import optional_import
+from .parity import Run, largest_difference
+from .program import Program
+
+#: Protocol buffers end at 2 GiB; weights beyond this go to a second file beside the first.
+_LARGEST_FILE = 1.9 * 2**30
+
+
+def check_onnx_installed() -> None:
+    """Raise a `UserError` that says what to install, where a package is missing."""
+    for module in ("onnx", "onnxscript", "onnxruntime"):
+        optional_import(module, extra="export", purpose="--format onnx")
+
+
+def write_onnx(
+    program: Program,
+    exported: ExportedProgram,
+    path: Path,
+    *,
+    sizes: list[tuple[int, int, int]],
+    metadata: Mapping[str, str],
+) -> tuple[dict[str, float], int]:
+    """Translate, save, run and compare.
+
+    Args:
+        program: the model to compare with.
+        exported: its capture.
+        path: the ``.onnx`` file.
+        sizes: image sizes to compare at.
+        metadata: written into the file's metadata properties.
+
+    Returns:
+        Differences by size, and the opset.
+
+    Raises:
+        UserError: the difference is too large.
+    """
+    translated = torch.onnx.export(
+        exported, dynamo=True, verbose=False, input_names=["images"], output_names=program.output_names
+    )
+    if translated is None:
+        raise RuntimeError("torch.onnx.export returned nothing")
+    domains = {node.domain for node in translated.model.graph}
+    if domains - {"", "ai.onnx"}:
+        raise RuntimeError(f"the ONNX program holds operators of {', '.join(sorted(domains))}")
+    translated.model.metadata_props.update(metadata)
+    weights = sum(t.numel() * t.element_size() for t in program.state_dict().values())
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=path.name) as folder:
+        fresh = Path(folder) / path.name
+        translated.save(str(fresh), external_data=weights > _LARGEST_FILE)
+        differences = largest_difference(program, _session(fresh), sizes)
+        for file in Path(folder).iterdir():
+            shutil.move(str(file), str(path.parent / file.name))
+    return differences, translated.model.opset_imports[""]
+
+
+def _session(file: Path) -> Run:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4  # what goes wrong is raised, and said once
+    session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    return lambda images: session.run(None, {"images": images.numpy()})
