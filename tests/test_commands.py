@@ -13,6 +13,7 @@ import vit_linearizer
 from vit_linearizer.cli import main
 from vit_linearizer.commands.arguments import parse_model_args, parse_size
 from vit_linearizer.contracts import UserError
+from vit_linearizer.models.loading import save_model_folder
 
 REPO = Path(__file__).parent.parent
 
@@ -37,7 +38,7 @@ def distill_arguments(photos: Path, small_teacher: Path, tmp_path: Path):
     return make
 
 
-@pytest.mark.parametrize("command", ["", "distill", "quickstart", "doctor"])
+@pytest.mark.parametrize("command", ["", "distill", "export", "embed", "quickstart", "doctor"])
 def test_help(command: str, capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit) as stopped:
         main([*command.split(), "--help"])
@@ -205,9 +206,12 @@ def test_quickstart_in_its_smallest_form(tmp_path: Path, capsys: pytest.CaptureF
 
 
 def readme_commands() -> list[str]:
-    """Every command line of the README's and docs' console blocks that starts with ours or with make."""
+    """Every command line of the README's and docs' console blocks that starts with ours or with make.
+
+    Those of docs/integrations.md run in tests/test_integrations.py.
+    """
     found = []
-    for page in (REPO / "README.md", *sorted((REPO / "docs").glob("*.md"))):
+    for page in (REPO / "README.md", *sorted(set((REPO / "docs").glob("*.md")) - {REPO / "docs" / "integrations.md"})):
         for block in re.findall(r"```(?:sh|bash|console)\n(.*?)```", page.read_text(), re.DOTALL):
             joined = block.replace("\\\n", " ")
             found += [
@@ -224,6 +228,10 @@ def test_every_documented_command_runs(line: str, photos: Path, small_teacher: P
     words = shlex.split(line)[1:]
     if words[0] == "quickstart":
         words += ["--smoke"]
+    if words[0] in ("embed", "export"):
+        shape = dict(img_size=32, patch_size=8, embed_dim=32, depth=4, num_classes=0)
+        save_model_folder(timm.create_model("adventurer_tiny_patch16_224", **shape), tmp_path / words[1] / "model")
+        (tmp_path / "PHOTOS").symlink_to(photos)
     if words[0] == "distill":
         words[words.index("--data") + 1] = str(photos)
         words[words.index("--teacher") + 1] = str(small_teacher)
@@ -242,7 +250,7 @@ def test_every_documented_command_runs(line: str, photos: Path, small_teacher: P
 
 
 @pytest.mark.parametrize(
-    "page", ["README.md", "CONTRIBUTING.md", "docs/paper_map.md", "docs/metrics.md", "docs/architecture.md"]
+    "page", ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{file.name}" for file in (REPO / "docs").glob("*.md"))]
 )
 def test_links_lead_somewhere_and_names_stand_where_they_are_said_to(page: str) -> None:
     text = (REPO / page).read_text()

@@ -3,18 +3,20 @@
 import functools
 import importlib
 import math
+import operator
 from collections import Counter
 
 import pytest
 import timm
 import torch
+import torch.fx.experimental._config as shapes_config
 import torch.nn.functional as F
 from timm.layers import create_feature_extractor, get_notrace_functions
 from torch.utils.flop_counter import FlopCounterMode
 
 from vit_linearizer import ops
 from vit_linearizer.contracts import UserError
-from vit_linearizer.ops.ssd_chunked import MAX_CHUNK, choose_chunk
+from vit_linearizer.ops.ssd_chunked import MAX_CHUNK, choose_chunk, ssd_plain
 
 # The package exports the function under the module's name, so the module itself is asked for by name.
 chunked_module = importlib.import_module("vit_linearizer.ops.ssd_chunked")
@@ -354,3 +356,150 @@ def test_fx_graph_shows_the_scan_as_one_node():
             images, indices=[2], return_prefix_tokens=True, output_fmt="NLC", intermediates_only=True
         )
     torch.testing.assert_close(traced, torch.cat([patches, class_token], dim=1))
+
+
+# --- what other programs see: the plain scan and its company --------------------------------------------------------
+
+PLAIN_LENGTHS = (1, 2, 71, 72, 73, 145, 576, 577, 1300)
+WAYS = pytest.mark.parametrize("at_once", [False, True], ids=["loop", "at once"])
+
+
+def plain(at_once):
+    return functools.partial(ssd_plain, at_once=at_once)
+
+
+@WAYS
+@pytest.mark.parametrize("length", PLAIN_LENGTHS)
+def test_plain_scan_equals_reference(length, at_once):
+    assert_same(outputs_and_gradients(plain(at_once), scan_inputs(length)), reference(length))
+
+
+@WAYS
+@pytest.mark.parametrize("longest", [1, 5, 16])
+def test_plain_scan_in_short_chunks_equals_reference(longest, at_once):
+    """197 tokens are 197, 40 or 13 chunks: several groups of eight."""
+    scan = functools.partial(plain(at_once), longest=longest)
+    assert_same(outputs_and_gradients(scan, scan_inputs(197)), reference(197))
+
+
+@WAYS
+@pytest.mark.parametrize("length", [73, 1300])
+@pytest.mark.parametrize(
+    ("every", "factor"), [(1, 1e-9), (1, 1e4), (5, 1e4), (5, 1e-9)], ids=["none", "all", "some all", "some none"]
+)
+def test_plain_scan_forgets_nothing_or_everything(length, at_once, every, factor):
+    """Where all is forgotten at each token the gradient of A is exactly zero: rounding is measured by that of dt."""
+    x, dt, *rest = scan_inputs(length)
+    dt[:, ::every] *= factor
+    y, gradients = outputs_and_gradients(plain(at_once), (x, dt, *rest))
+    want_y, want_gradients = outputs_and_gradients(ops.ssd_reference, (x, dt, *rest))
+    assert relative_error(y, want_y) < 1e-10
+    for name, gradient, want in zip(NAMES, gradients, want_gradients, strict=True):
+        assert gradient.isfinite().all(), name
+        size = max(float(want.norm()), float((want_gradients[1] * dt).norm()) if name == "A" else 0)
+        assert float((gradient - want).norm()) <= 1e-9 * size, name
+
+
+@pytest.mark.parametrize("chunks", [1, 2, 7, 8, 9, 16, 17, 70])
+def test_states_carried_at_once_equal_the_loop(chunks):
+    local, log_whole = normal(2, chunks, 5, 3, 4, seed=0), -3 * normal(2, chunks, 3, seed=1).square()
+    log_whole[:, ::4] *= 1e4
+    local, log_whole = local.requires_grad_(), log_whole.requires_grad_()
+    direction, found = normal(2, chunks, 5, 3, 4, seed=2), []
+    loop, at_once = chunked_module._carry(local, log_whole.exp(), None)[0], chunked_module._carry_at_once(local, log_whole)
+    for entering in (loop, at_once):
+        depends = entering + 0 * local  # the state entering a first and only chunk is a constant
+        found.append((entering, torch.autograd.grad(depends, (local, log_whole), direction, materialize_grads=True)))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-10, atol=1e-12)
+    assert not found[1][0][:, 0].any(), "nothing enters the first chunk"
+
+
+def test_flops_of_the_plain_scan_are_near_linear():
+    def flops_per_token(length):
+        inputs = [t.float().to("meta") for t in scan_inputs(length, batch=1, heads=8, head_dim=64, state_dim=64)]
+        with FlopCounterMode(display=False) as counter:
+            ssd_plain(*inputs, at_once=True)
+        return counter.get_total_flops() / length
+
+    few, more, most = (flops_per_token(tokens) for tokens in (2048, 8192, 16384))
+    assert 0 < max(few, more, most) < 1.5 * min(few, more, most)
+
+
+@pytest.mark.parametrize("length", PLAIN_LENGTHS)
+@pytest.mark.filterwarnings("ignore:`torch.jit")
+def test_scripted_scan_equals_eager(length):
+    """One program, whatever implementation it is asked for."""
+    program = torch.jit.script(ops.ssd)
+    assert_same(outputs_and_gradients(program, scan_inputs(length)), reference(length))
+    assert relative_error(program(*scan_inputs(length), implementation="reference"), reference(length)[0]) < 1e-12
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.filterwarnings("ignore:`torch.jit")
+def test_scripted_rms_norm_equals_eager(gated, dtype):
+    program = torch.jit.script(ops.rms_norm)
+    x, weight, gate = normal(2, 3, 6, seed=0).to(dtype), normal(6, seed=1), normal(2, 3, 6, seed=2).to(dtype)
+    arguments = [t.requires_grad_() for t in (x, weight, *([gate] if gated else []))]
+    found = []
+    for function in (ops.rms_norm, program):
+        y = function(arguments[0], arguments[1], 0.1, arguments[2] if gated else None)
+        found.append((y, torch.autograd.grad(y, arguments, normal(2, 3, 6, seed=3).to(dtype))))
+    torch.testing.assert_close(found[1], found[0], **({} if dtype == torch.float64 else dict(rtol=2**-7, atol=1e-6)))
+    with torch.no_grad():
+        torch.testing.assert_close(program(x, weight), ops.rms_norm(x, weight))
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("length", [1, 2, 3, 4, 5, 6])
+@pytest.mark.parametrize("form", ["scripted", "exported"])
+@pytest.mark.filterwarnings("ignore:`torch.jit")
+def test_other_forms_of_the_convolution_equal_the_ordinary_one(monkeypatch, form, length, biased):
+    x, weight, bias = normal(2, length, 3, seed=0), normal(3, 1, 4, seed=1), normal(3, seed=2) if biased else None
+    arguments = [t.requires_grad_() for t in (x, weight, bias) if t is not None]
+    direction, found = normal(2, length, 3, seed=3), []
+    y = ops.causal_conv_silu(x, weight, bias)
+    found.append((y, torch.autograd.grad(y, arguments, direction)))
+    if form == "exported":
+        monkeypatch.setattr("vit_linearizer.ops.causal_conv.exporting", lambda: True)
+        monkeypatch.setattr("vit_linearizer.ops.causal_conv.F.conv2d", None)  # not called in this form
+        y = ops.causal_conv_silu(x, weight, bias)
+    else:
+        y = torch.jit.script(ops.causal_conv_silu)(x, weight, bias)
+    found.append((y, torch.autograd.grad(y, arguments, direction)))
+    torch.testing.assert_close(found[1], found[0])
+    assert y.is_contiguous()
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit")
+def test_scripted_position_embedding_equals_eager():
+    program, embedding = torch.jit.script(ops.resample_position_embedding), normal(1, 13, 8, seed=0).float()
+    for grid in ((3, 4), (6, 5), (4, 3), (1, 1)):
+        torch.testing.assert_close(
+            program(embedding, (3, 4), grid), ops.resample_position_embedding(embedding, (3, 4), grid)
+        )
+
+
+class Scan(torch.nn.Module):
+    def forward(self, x, dt, A, B, C, D):
+        return ops.ssd(x, dt, A, B, C, D)
+
+
+@pytest.mark.parametrize("example", [100, 577])
+def test_exported_scan_replays_at_any_length(example):
+    """Whatever length it was recorded at, one group of chunks or two, and of ATen's operators and size arithmetic alone."""
+    length = torch.export.Dim("length", min=1)
+    along = {1: length}
+    with shapes_config.patch(backed_size_oblivious=True):
+        program = torch.export.export(
+            Scan(),
+            scan_inputs(example),
+            dynamic_shapes=(along, along, None, along, along, None),
+        )
+    for node in program.graph.nodes:
+        if node.op == "call_function" and getattr(operator, node.target.__name__, None) is not node.target:
+            assert isinstance(node.target, torch._ops.OpOverload), node.target
+            assert node.target.namespace == "aten", node.target
+    for tokens in (1, 2, 72, 73, 577, 1500):
+        inputs = scan_inputs(tokens)
+        assert relative_error(program.module()(*inputs), ops.ssd(*inputs)) < 1e-12

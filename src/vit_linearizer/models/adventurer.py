@@ -266,7 +266,8 @@ class Adventurer(nn.Module):
     ) -> list[int]:
         """Drop blocks behind the last one wanted, and the norm and head when asked."""
         taken, last = feature_take_indices(len(self.layers), indices)
-        self.layers = self.layers[: last + 1]
+        self.layers = self.layers[: last + 1]  # a new list, which starts in training mode
+        self.layers.training = self.training
         if prune_norm:
             self.norm_f = nn.Identity().train(self.training)  # type: ignore[assignment]
         if prune_head:

@@ -16,12 +16,18 @@ from .adventurer import Adventurer
 
 
 def _fit_checkpoint(state_dict: dict[str, Tensor], model: Adventurer) -> dict[str, Tensor]:
-    """Bring weights of another patch or image size to the model's: timm's hook between file and model."""
+    """Bring weights of another patch or image size to the model's: timm's hook between file and model.
+
+    Raises:
+        ValueError: the position embedding belongs to no grid that could be meant.
+    """
     state_dict = dict(state_dict.get("model", state_dict))  # type: ignore[arg-type]
     patch, positions = state_dict.get("patch_embed.proj.weight"), state_dict.get("pos_embed")
     if positions is not None and positions.shape[1] > 1:
         old_grid = get_pretrained_grid_size(model, patch, positions.shape[1] - 1)
         old_grid = old_grid or (math.isqrt(positions.shape[1] - 1),) * 2
+        if old_grid[0] * old_grid[1] != positions.shape[1] - 1:
+            raise ValueError(f"pos_embed has {positions.shape[1]} positions, which is no square grid and a class token")
         state_dict["pos_embed"] = resample_position_embedding(positions, old_grid, model.patch_embed.grid_size)
     if patch is not None and patch.shape[-2:] != model.patch_embed.proj.weight.shape[-2:]:
         size = list(model.patch_embed.proj.weight.shape[-2:])
@@ -29,10 +35,11 @@ def _fit_checkpoint(state_dict: dict[str, Tensor], model: Adventurer) -> dict[st
     return state_dict
 
 
-def _cfg(img_size: int = 224) -> dict[str, Any]:
+def _cfg(patch_size: int, img_size: int = 224) -> dict[str, Any]:
     return dict(
         num_classes=1000,
         input_size=(3, img_size, img_size),
+        min_input_size=(3, patch_size, patch_size),
         pool_size=None,
         crop_pct=0.9,
         interpolation="bicubic",
@@ -42,9 +49,10 @@ def _cfg(img_size: int = 224) -> dict[str, Any]:
     )
 
 
-_NAMES = [f"{size}_patch{patch}" for patch, sizes in
-          ((16, "tiny small base large"), (14, "small base large"), (8, "base")) for size in sizes.split()]  # fmt: skip
-default_cfgs = generate_default_cfgs({f"adventurer_{name}_224": _cfg() for name in _NAMES})
+_SIZES = {16: ("tiny", "small", "base", "large"), 14: ("small", "base", "large"), 8: ("base",)}
+default_cfgs = generate_default_cfgs(
+    {f"adventurer_{size}_patch{patch}_224": _cfg(patch) for patch, sizes in _SIZES.items() for size in sizes}
+)
 
 
 def _create(variant: str, pretrained: bool, **kwargs: Any) -> Adventurer:

@@ -95,7 +95,7 @@ def ssd_plain(
     # A chunk that depended on a symbolic length would make every size below symbolic too.
     chunk = longest if at_once else choose_chunk(x.shape[1], longest)
     y_BKQHP = _forward(_cut(x, chunk), _cut(dt, chunk), A, _cut(B, chunk), _cut(C, chunk), D, None, False, at_once)[0]
-    return _copy(y_BKQHP.flatten(1, 2).narrow(1, 0, x.shape[1]))
+    return F.pad(y_BKQHP.flatten(1, 2), [0, 0, 0, 0, 0, x.shape[1] - y_BKQHP.shape[1] * chunk])
 
 
 def _cut(t: Tensor, chunk: int) -> Tensor:
@@ -150,10 +150,11 @@ def _carry_at_once(local_BKNHP: Tensor, log_whole_BKH: Tensor) -> Tensor:
     log_whole_BHGJ = F.pad(log_whole_BHK, [0, padding]).unflatten(2, [groups, _GROUP])
     within_BHGJc = _running_states(local_BHGJc, log_whole_BHGJ)
     after_BHGc = _running_states(_copy(within_BHGJc[..., -1, :]), log_whole_BHGJ.sum(-1))
-    entering_BHGc = F.pad(after_BHGc, [0, 0, 1, 0]).narrow(2, 0, groups)
+    entering_BHGc = F.pad(after_BHGc, [0, 0, 1, -1])
     decay_BHGJ = torch.cumsum(log_whole_BHGJ, -1).exp()
     after_BHKc = (within_BHGJc + decay_BHGJ[..., None] * entering_BHGc[..., None, :]).flatten(2, 3)
-    entering_BHKc = _copy(F.pad(after_BHKc, [0, 0, 1, 0]).narrow(2, 0, chunks))
+    # Padding by less than nothing cuts off without asking whether there is as much to cut.
+    entering_BHKc = F.pad(after_BHKc, [0, 0, 1, -1 - padding])
     return _copy(entering_BHKc.unflatten(3, [state_dim, head_dim]).permute(0, 2, 3, 1, 4))
 
 
@@ -162,7 +163,7 @@ def _running_states(local_XKc: Tensor, log_decay_XK: Tensor) -> Tensor:
     steps = local_XKc.shape[-2]
     ones_KK = torch.ones(steps, steps, dtype=log_decay_XK.dtype, device=local_XKc.device)
     # log of the decay from j to k, summed over the steps between them alone: differences of long sums would lose digits.
-    log_decay_XKK = torch.matmul(ones_KK.tril() * log_decay_XK[..., None, :], ones_KK.tril(-1))
+    log_decay_XKK = torch.cumsum(ones_KK.tril(-1) * log_decay_XK[..., None], -2)
     decay_XKK = torch.where(ones_KK.triu(1) > 0, -math.inf, log_decay_XKK).exp()
     return torch.matmul(decay_XKK, local_XKc)
 
