@@ -68,7 +68,6 @@ def test_a_file_of_a_repository(small, tmp_path, hub):
     assert asked == list(files)
 
 
-@pytest.mark.xfail(strict=True, reason="naming the architecture drops the table's flip rule: alternate is used")
 @pytest.mark.parametrize("source", ["repository", "repository file", "file"])
 def test_published_weights_keep_their_flip_rule_when_the_architecture_is_named_too(small, tmp_path, hub, source):
     file = saved(tmp_path, small)
@@ -209,7 +208,7 @@ def archive(_whole):
     ("damage", "suffix"),
     [(damage, suffix) for damage in (cut, garbage, archive) for suffix in (".pth", ".safetensors")]
     + [(nothing, ".safetensors")]
-    + [pytest.param(nothing, ".pth", marks=pytest.mark.xfail(strict=True, reason="says `cannot be read ()`"))],
+    + [pytest.param(nothing, ".pth")],
 )
 def test_a_file_that_cannot_be_read_is_refused_in_one_line(small, tmp_path, damage, suffix):
     save = save_file if suffix == ".safetensors" else torch.save
@@ -242,7 +241,6 @@ def test_tensors_that_are_no_state_dict_are_refused_in_one_line(tmp_path, conten
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.xfail(strict=True, reason="timm loads leniently when another number of classes is asked for")
 def test_a_missing_key_is_found_with_another_number_of_classes_too(small, tmp_path):
     with pytest.raises(UserError, match=r"missing layers\.2\.mlp\.w2\.bias"):
         load(saved(tmp_path, without_one(small)), img_size=64, num_classes=3, **SMALL)

@@ -1,17 +1,21 @@
 """``embed``: pictures in, pooled or dense features with their file names out."""
 
+import functools
+import hashlib
 import logging
 import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
+from torch.utils.data import DataLoader
 
 from ..contracts import UserError
 from ..data.datasets import ListedSet, SkippedList, listed_loader, to_device
-from ..data.sources import open_source
+from ..data.sources import ImageSource, open_source
 from ..evaluation.embedding import EmbeddingFile, names_array
 from ..models.adapters import check_plain, extract_features, nominal_size, patch_grid
 from ..training.machine import choose_device, choose_precision
@@ -70,67 +74,98 @@ def embed(config: EmbedConfig) -> Path:
     precision = choose_precision(device.type)[0] if config.precision == "auto" else config.precision
     source = open_source(config.data)
     image_size = parse_size("--image-size", config.image_size)
+    torch.manual_seed(0)  # of a model without weights, which has to be the same when a killed run goes on
     model = config.open(**({} if image_size is None else {"img_size": image_size}))
     check_plain(model, config.model, field="--model")
     image_size = image_size or nominal_size(model)
     grid = patch_grid(model, image_size)
     settings = {
         "model": config.model,
-        "model_arch": config.model_arch,
-        "model_args": list(config.model_args),
-        "model_pretrained": config.model_pretrained,
+        "weights": _digest(_bytes(value) for value in model.state_dict().values()),
         "data": config.data,
-        "images": len(source),
+        "names": _digest(source.name(number).encode(errors="surrogateescape") for number in range(len(source))),
         "image_size": list(image_size),
         "dense": config.dense,
         "precision": precision,
     }
     file = EmbeddingFile(Path(config.out), settings)
     file.open()
-    skipped = SkippedList(Path(f"{config.out}.skipped.txt"))
-    for name, reason in source.skipped:
-        skipped.add(name, reason)
+    list_of_skipped = Path(f"{config.out}.skipped.txt")
     if file.done:
         logger.info("going on behind %d of %d images", file.done, len(source))
+    else:
+        list_of_skipped.unlink(missing_ok=True)
+    skipped = SkippedList(list_of_skipped)
+    for name, reason in source.skipped:
+        skipped.add(name, reason)
 
     dataset = ListedSet(source, np.arange(file.done, len(source)), image_size)
     loader = listed_loader(dataset, batch_size=config.batch_size, num_workers=config.num_workers)
     model.to(device)
-    first, started, waited = file.done, time.perf_counter(), 0.0
+    compute = functools.partial(
+        _rows, model, source, device=device, precision=precision, grid=grid if config.dense else None
+    )
     try:
-        with ProgressLine("embedding", first=first, total=len(source), unit="image") as line:
-            asked = time.perf_counter()
-            for batch in loader:
-                waited += time.perf_counter() - asked
-                for number, reason in batch["problems"]:
-                    skipped.add(source.name(number), reason)
-                done = file.done + len(batch["numbers"]) + len(batch["problems"])
-                rows = {}
-                if batch["numbers"]:
-                    rows = _rows(model, batch["images"], device, precision, grid if config.dense else None)
-                    rows["names"] = names_array([source.name(number) for number in batch["numbers"]])
-                    if source.labels is not None:
-                        rows["labels"] = source.labels[batch["numbers"]]
-                file.append(rows, done)
-                seconds = time.perf_counter() - started
-                line.update(done, images_per_second=(done - first) / seconds, data_wait=waited / seconds)
-                asked = time.perf_counter()
+        _fill(file, loader, source, skipped, compute)
     finally:
         file.flush()
-    rows_written = file.finish()
+    rows = file.finish()
     unread = skipped.tidy()
-    logger.info("%d images -> %s%s", rows_written, config.out, f", {len(unread)} skipped" if unread else "")
+    logger.info("%d images -> %s%s", rows, config.out, f", {len(unread)} skipped" if unread else "")
     return Path(config.out)
+
+
+def _fill(
+    file: EmbeddingFile,
+    loader: DataLoader,
+    source: ImageSource,
+    skipped: SkippedList,
+    compute: Callable[[dict[str, Any]], dict[str, np.ndarray]],
+) -> None:
+    """All batches into the file, with progress."""
+    first, started, waited = file.done, time.perf_counter(), 0.0
+    with ProgressLine("embedding", first=first, total=len(source), unit="image") as line:
+        asked = time.perf_counter()
+        for batch in loader:
+            waited += time.perf_counter() - asked
+            for number, reason in batch["problems"]:
+                skipped.add(source.name(number), reason)
+            done = file.done + len(batch["numbers"]) + len(batch["problems"])
+            file.append(compute(batch) if batch["numbers"] else {}, done)
+            seconds = time.perf_counter() - started
+            line.update(done, images_per_second=(done - first) / seconds, data_wait=waited / seconds)
+            asked = time.perf_counter()
 
 
 @torch.no_grad()
 def _rows(
-    model: torch.nn.Module, images: torch.Tensor, device: torch.device, precision: str, grid: tuple[int, int] | None
-) -> dict[str, Any]:
-    batch = to_device({"images": images}, device)
+    model: torch.nn.Module,
+    source: ImageSource,
+    batch: dict[str, Any],
+    *,
+    device: torch.device,
+    precision: str,
+    grid: tuple[int, int] | None,
+) -> dict[str, np.ndarray]:
+    images = to_device({"images": batch["images"]}, device)["images"]
     with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-        features = extract_features(model, batch["images"])
-    rows = {"pooled": features.pooled.float().cpu().numpy()}
+        features = extract_features(model, images)
+    rows = {"names": names_array([source.name(number) for number in batch["numbers"]])}
+    rows["pooled"] = features.pooled.float().cpu().numpy()
     if grid is not None:
         rows["dense"] = features.tokens.float().unflatten(1, grid).cpu().numpy()
+    if source.labels is not None:
+        rows["labels"] = source.labels[batch["numbers"]]
     return rows
+
+
+def _bytes(value: torch.Tensor) -> bytes:
+    return value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+
+
+def _digest(parts: Iterable[bytes]) -> str:
+    """Tells a killed run's model and pictures from others of the same name."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part + b"\0")
+    return digest.hexdigest()

@@ -1,6 +1,7 @@
 """``export``: a run or model in, files for timm, ONNX runtimes or ``torch.export`` out, compared with PyTorch."""
 
 import logging
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -31,12 +32,12 @@ class ExportConfig(ModelConfig):
 
     Attributes:
         format: timm (config.json, model.safetensors and a model card), onnx, or torch-export.
-        out: folder for timm, an .onnx or .pt2 file for the others; a model card (.md) is written beside a file.
+        out: folder for timm, an .onnx or .pt2 file for the others, with a model card OUT.md beside it.
         image_size: 224 or HEIGHTxWIDTH that the model is made for; by default its own.
         dynamic: let height and width vary too, in multiples of the patch; the batch always varies.
         dense: add a second output, the final patch features as a map.
         normalize: put the normalisation inside the program, so that it takes images in [0, 1].
-        push_to_hub: OWNER/NAME on the Hugging Face Hub to send a timm folder to; nothing is sent otherwise.
+        push_to_hub: NAME or OWNER/NAME on the Hugging Face Hub to send a timm folder to; nothing is sent otherwise.
         debug: show the traceback of an error.
     """
 
@@ -54,8 +55,9 @@ class ExportConfig(ModelConfig):
             for name, default in (("dynamic", False), ("dense", False), ("normalize", True)):
                 if getattr(self, name) != default:
                     raise UserError(f"--{'' if getattr(self, name) else 'no-'}{name}", None, "not for --format timm")
-            if Path(self.out).is_dir() and any(Path(self.out).iterdir()) and not Path(self.out, "config.json").exists():
-                raise UserError("--out", self.out, "holds other files; give a new folder")
+            others = {file.name for file in Path(self.out).glob("*")} - {"config.json", "model.safetensors", "README.md"}
+            if others and not Path(self.out, "metrics.jsonl").exists():
+                raise UserError("--out", self.out, f"holds other files ({min(others)}); give a new folder")
             if Path(self.out, "metrics.jsonl").exists():
                 raise UserError("--out", self.out, "is a run; give a new folder")
         else:
@@ -65,8 +67,8 @@ class ExportConfig(ModelConfig):
                 raise UserError("--out", self.out, f"must end in {_SUFFIXES[self.format]} for --format {self.format}")
         if Path(self.out).is_file() == (self.format == "timm") and Path(self.out).exists():
             raise UserError("--out", self.out, "is a file; give a folder" if self.format == "timm" else "is a folder")
-        if self.push_to_hub is not None and self.push_to_hub.count("/") != 1:
-            raise UserError("--push-to-hub", self.push_to_hub, "must be OWNER/NAME")
+        if self.push_to_hub is not None and not re.fullmatch(r"([\w.-]+/)?[\w.-]+", self.push_to_hub):
+            raise UserError("--push-to-hub", self.push_to_hub, "must be NAME or OWNER/NAME")
 
 
 def export(config: ExportConfig) -> dict[str, float]:
@@ -97,9 +99,9 @@ def export(config: ExportConfig) -> dict[str, float]:
     logger.info("written: %s", out)
     if config.push_to_hub is not None:
         api = huggingface_hub.HfApi()
-        api.create_repo(config.push_to_hub, exist_ok=True)
-        api.upload_folder(repo_id=config.push_to_hub, folder_path=out, commit_message="model from vit-linearizer")
-        logger.info("sent to the Hub: hf-hub:%s", config.push_to_hub)
+        repository = api.create_repo(config.push_to_hub, exist_ok=True).repo_id
+        api.upload_folder(repo_id=repository, folder_path=out, commit_message="Model exported with vit-linearizer")
+        logger.info("sent to the Hub: hf-hub:%s", repository)
     return differences
 
 
@@ -114,15 +116,20 @@ def _open(config: ExportConfig) -> torch.nn.Module:
 
 
 def _export_timm(model: torch.nn.Module, origin: Origin, out: Path, image_size: tuple[int, int]) -> dict[str, float]:
-    save_model_folder(model, out, card=write_card(origin, model))
     program = Program(model, normalize=True, dense=False)
-    reloaded = Program(load(out), normalize=True, dense=False)
+    differences: dict[str, float] = {}
 
-    @torch.no_grad()
-    def run(images: torch.Tensor) -> list[Any]:
-        return [output.numpy() for output in reloaded(images)]
+    def check(folder: Path) -> None:
+        reloaded = Program(load(folder), normalize=True, dense=False)
 
-    return largest_difference(program, run, example_sizes(model, image_size, dynamic=False))
+        @torch.no_grad()
+        def run(images: torch.Tensor) -> list[Any]:
+            return [output.numpy() for output in reloaded(images)]
+
+        differences.update(largest_difference(program, run, example_sizes(model, image_size, dynamic=False)))
+
+    save_model_folder(model, out, card=write_card(origin, model), check=check)
+    return differences
 
 
 def _export_program(
@@ -140,7 +147,7 @@ def _export_program(
     else:
         differences = write_torch_program(program, exported, out, sizes=sizes)
     facts |= {f"largest relative difference to PyTorch at {size}": f"{value:.1e}" for size, value in differences.items()}
-    out.with_suffix(".md").write_text(write_card(origin, model, facts), encoding="utf-8")
+    out.with_name(out.name + ".md").write_text(write_card(origin, model, facts), encoding="utf-8")
     return differences
 
 

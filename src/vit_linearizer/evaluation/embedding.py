@@ -79,7 +79,8 @@ class EmbeddingFile:
         self.flush()
         files = self._files()
         if not files:
-            raise UserError("--data", self.path.name, "none of the images can be read")
+            shutil.rmtree(self.parts)
+            raise UserError("--data", None, "none of the images can be read; see the list of skipped files")
         with np.load(files[0]) as first:
             keys = [key for key in first.files if key != "done"]
         fresh = self.path.with_name(self.path.name + ".new")

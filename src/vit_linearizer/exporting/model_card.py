@@ -46,15 +46,23 @@ class Origin:
     def teacher(self) -> str | None:
         """Its teacher, without the folders of the machine it was distilled on."""
         teacher = self.settings.get("teacher")
-        return Path(teacher).name if teacher and Path(teacher).exists() else teacher
+        if teacher is None or self._teacher_is_public:
+            return teacher
+        return Path(teacher.removeprefix("local-dir:")).name
 
     @property
     def licence(self) -> str | None:
         """Licence of the teacher's weights as timm knows it; a student is usually bound by it."""
-        name = self.settings.get("teacher_arch") or self.settings.get("teacher")
-        known = name is not None and timm.is_model(str(name).partition(".")[0])
-        config = timm.get_pretrained_cfg(str(name)) if known and self.settings.get("teacher_pretrained", True) else None
+        teacher = self.settings.get("teacher") or ""
+        if not self._teacher_is_public or teacher.startswith("hf-hub:") or not self.settings.get("teacher_pretrained", True):
+            return None
+        config = timm.get_pretrained_cfg(teacher)
         return config.license if config is not None else None
+
+    @property
+    def _teacher_is_public(self) -> bool:
+        teacher = self.settings.get("teacher") or ""
+        return teacher.startswith("hf-hub:") or timm.is_model(teacher.partition(".")[0])
 
 
 def find_origin(model: str) -> Origin:
@@ -63,7 +71,7 @@ def find_origin(model: str) -> Origin:
     if run.name == "model" and (run.parent / "metrics.jsonl").exists():
         run = run.parent
     if not (run / "metrics.jsonl").exists():
-        return Origin(name=run.name if run.exists() else model)
+        return Origin(name=run.resolve().name if run.exists() else model)
     settings, figures = ({}, {})
     if (run / "config.json").exists():
         settings = json.loads((run / "config.json").read_text(encoding="utf-8"))

@@ -62,18 +62,26 @@ def capture(program: Program, image_size: tuple[int, int], *, dynamic: bool) -> 
         UserError: the model cannot be recorded so.
     """
     shape: dict[int, Any] = {0: Dim("batch", min=1, max=_MOST_IMAGES)}
+    size = image_size
     if dynamic:
         sides = zip((2, 3), ("patches_down", "patches_across"), patch_size(program.model), strict=True)
         shape |= {axis: side * Dim(name, min=1, max=_MOST_PATCHES) for axis, name, side in sides}
+        # A side of one patch in the example would be taken for one of always one patch.
+        height, width = (max(s, 2 * p) for s, p in zip(image_size, patch_size(program.model), strict=True))
+        size = (height, width)
     # Without this setting every comparison of two sizes on the way would tie the program to the example's.
     with torch.no_grad(), fx_config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
         try:
-            exported = torch.export.export(program, (torch.rand(2, 3, *image_size),), dynamic_shapes=(shape,))
+            exported = torch.export.export(program, (torch.rand(2, 3, *size),), dynamic_shapes=(shape,))
         except Exception as error:  # many kinds, all meaning that this model's code does not allow it
             reason = " ".join(str(error).split())[:300]
             remedy = "leave out --dynamic" if dynamic else "report the model's name"
-            raise UserError("model", type(program.model).__name__, f"cannot be captured ({reason}); {remedy}") from error
+            field = "--dynamic" if dynamic else "--model"
+            raise UserError(field, type(program.model).__name__, f"cannot be captured ({reason}); {remedy}") from error
     _check_operators(exported)
+    for module in exported.graph_module.modules():
+        for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
+            node.meta.pop("stack_trace", None)  # file names of the machine that exported
     return exported
 
 

@@ -12,7 +12,7 @@ import shutil
 import socket
 import urllib.parse
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -55,13 +55,16 @@ def _has_weights(folder: Path) -> bool:
     return any(file.suffix in _WEIGHT_FILES for file in folder.iterdir())
 
 
-def save_model_folder(model: nn.Module, folder: Path, *, card: str | None = None) -> None:
+def save_model_folder(
+    model: nn.Module, folder: Path, *, card: str | None = None, check: Callable[[Path], None] | None = None
+) -> None:
     """Write timm's folder format; a reader sees the old folder or the new one, never a half-written one.
 
     Args:
         model: any timm model.
         folder: ``config.json`` and ``model.safetensors`` go there, in place of whatever it held.
         card: text of its ``README.md``.
+        check: looks at the new folder before it takes the place of the old one; what it raises leaves the old one there.
     """
     fresh, old = folder.with_name(folder.name + ".new"), _old(folder)
     recover_model_folder(folder)
@@ -74,6 +77,12 @@ def save_model_folder(model: nn.Module, folder: Path, *, card: str | None = None
         (fresh / "README.md").write_text(card, encoding="utf-8")
     for file in fresh.iterdir():  # safetensors are written for their owner alone
         file.chmod((fresh / "config.json").stat().st_mode)
+    if check is not None:
+        try:
+            check(fresh)
+        except BaseException:
+            shutil.rmtree(fresh)
+            raise
     if folder.exists():
         folder.rename(old)
     fresh.rename(folder)
@@ -116,7 +125,14 @@ def open_model(
     if pretrained and not brings_weights and not _has_published_weights(timm_name):
         logger.warning("%s has no published weights: it is random, good for trying things out", name)
         pretrained = False
-    return _create(name, field, timm_name, pretrained or brings_weights, {**found, **model_args})
+    if not (pretrained or brings_weights):
+        return _create(name, field, timm_name, False, {**found, **model_args})
+    # Asked for another number of classes at once, timm would load leniently: the head changes afterwards.
+    classes = model_args.pop("num_classes", None)
+    model: Any = _create(name, field, timm_name, True, {**found, **model_args})
+    if classes is not None and classes != model.num_classes:
+        model.reset_classifier(classes)
+    return model
 
 
 def create_backbone(
@@ -127,9 +143,8 @@ def create_backbone(
     pretrained: bool = False,
     **model_args: Any,
 ) -> nn.Module:
-    """`open_model` without its classifier; random unless asked for, and an error where there are no weights to load."""
-    timm_name, brings_weights, found = _resolve(name, field, architecture)
-    model: Any = _create(name, field, timm_name, pretrained or brings_weights, {**found, **model_args})
+    """`open_model` without its classifier, and random unless asked for otherwise."""
+    model: Any = open_model(name, field=field, architecture=architecture, pretrained=pretrained, **model_args)
     model.reset_classifier(0)
     return model
 
@@ -161,14 +176,15 @@ def _resolve(name: str, field: str, architecture: str | None) -> tuple[str, bool
 
 def _resolve_file(path: Path, name: str, field: str, architecture: str | None) -> tuple[str, bool, dict[str, Any]]:
     model_args: dict[str, Any] = {}
-    if architecture is None:
-        released = RELEASED.get(path.name)
-        if released is None:
-            remedy = f"is a weight file; name its architecture too: {_flag(field, 'arch')} vit_base_patch16_224"
-            raise UserError(field, name, remedy)
+    released = RELEASED.get(path.name)
+    if architecture is None and released is None:
+        remedy = f"is a weight file; name its architecture too: {_flag(field, 'arch')} vit_base_patch16_224"
+        raise UserError(field, name, remedy)
+    if released is not None and architecture in (None, released.architecture):
         architecture, model_args = released.architecture, released.model_args
         said = ", ".join(f"{key}={value}" for key, value in model_args.items())
         logger.info("%s: taken for the published weights of that name, %s with %s", path.name, architecture, said)
+    assert architecture is not None
     _check_known(architecture, _flag(field, "arch"))
     classes = _classes_in_file(path, name, field, architecture)
     overlay = {"file": str(path), "num_classes": classes}
@@ -183,7 +199,7 @@ def _classes_in_file(path: Path, name: str, field: str, architecture: str) -> in
         raise _unreadable(name, field, error) from error
     classifier = timm.models.get_pretrained_cfg_value(architecture, "classifier")
     weight = state_dict.get(f"{classifier}.weight")
-    return 0 if weight is None else weight.shape[0]
+    return weight.shape[0] if weight is not None and weight.ndim else 0
 
 
 def _fetch_file(name: str, field: str, architecture: str | None) -> Path:
@@ -235,7 +251,8 @@ def _flag(field: str, suffix: str, *, no: bool = False) -> str:
 
 
 def _unreadable(name: str, field: str, error: Exception) -> UserError:
-    return UserError(field, name, f"cannot be read ({_one_line(error)}); save it as safetensors or as a plain state dict")
+    reason = _one_line(error) or type(error).__name__
+    return UserError(field, name, f"cannot be read ({reason}); save it as safetensors or as a plain state dict")
 
 
 def _mismatch(message: str) -> str:
