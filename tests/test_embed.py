@@ -315,3 +315,24 @@ def test_pictures_that_changed_since_the_kill_are_refused(run, album, stop_after
     stop_after(None)
     with pytest.raises(UserError, match="was begun with other settings"):
         run(data=str(album), batch_size=2)
+
+
+def test_another_flip_rule_is_another_model(run, album, tmp_path, stop_after):
+    settings = dict(model="adventurer_tiny_patch16_224", model_pretrained=False, data=str(album), batch_size=2)
+    shape = ("embed_dim=32", "depth=7", "img_size=32")
+    stop_after(1)
+    with pytest.raises(KeyboardInterrupt):
+        run(**settings, model_args=shape)
+    stop_after(None)
+    with pytest.raises(UserError, match="was begun with other settings"):
+        run(**settings, model_args=(*shape, "flip=released"))
+
+
+def test_an_interrupt_between_rows_and_count_loses_no_part(tmp_path):
+    file = embedding.EmbeddingFile(tmp_path / "f.npz", {})
+    file.open()
+    file.append({"pooled": np.zeros((2, 1))}, 2)
+    file.flush()
+    file._rows.append((4, {"pooled": np.ones((2, 1))}))  # as far as append gets before it is interrupted
+    file.flush()
+    assert file.finish() == 4

@@ -284,3 +284,20 @@ def test_what_was_found_is_said(make, caplog, tmp_path):
     export(make())
     assert f"written: {tmp_path / 'out'}" in caplog.text
     assert "at 1x32x32 the largest relative difference to PyTorch is 0.0e+00" in caplog.text
+
+
+def test_neighbours_of_the_folder_stay(source, tmp_path):
+    for neighbour in ("student.new", "student.old"):
+        (tmp_path / neighbour).mkdir()
+        (tmp_path / neighbour / "precious.txt").touch()
+    for _ in range(2):
+        assert main(["export", str(source), "--format", "timm", "--out", str(tmp_path / "student")]) == 0
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["student", "student.new", "student.old"]
+    assert len(list(tmp_path.rglob("precious.txt"))) == 2
+
+
+@pytest.mark.parametrize(
+    "teacher", ["adventurer_tiny_patch16_224.pth", "vit_base_patch16_224.pth", "vit_tiny_patch16_224.none"]
+)
+def test_a_teacher_that_only_looks_like_a_name_of_timm_has_no_licence(teacher):
+    assert Origin(name="n", settings={"teacher": teacher}).licence is None

@@ -4,16 +4,17 @@ import json
 import zipfile
 
 import numpy as np
+import onnx
+import onnxruntime
 import pytest
 import timm
 import torch
 
-from vit_linearizer import ExportConfig, export, load
+from vit_linearizer import ExportConfig, UserError, export, load
 from vit_linearizer.cli import main
+from vit_linearizer.exporting.parity import largest_difference
+from vit_linearizer.exporting.program import Program
 from vit_linearizer.models.loading import save_model_folder
-
-onnx = pytest.importorskip("onnx")
-onnxruntime = pytest.importorskip("onnxruntime")
 
 MEAN, STD = (torch.tensor(v).view(1, 3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
 #: (batch, height, width): the recorded size, not square, one patch high, a single patch, more than 576 tokens.
@@ -267,3 +268,20 @@ def test_the_folder_takes_the_image_size_asked_for(folder, model, tmp_path):
     assert set(export(given).values()) == {0.0}
     assert json.loads((out / "config.json").read_text())["pretrained_cfg"]["input_size"] == [3, 32, 96]
     assert timm.create_model(f"local-dir:{out}", pretrained=True).pos_embed.shape == (1, 2 * 6 + 1, 64)
+
+
+@pytest.mark.parametrize("wrong", ["nan behind", "nan before", "another shape"])
+def test_parity_passes_over_nothing(wrong):
+    program = Program(
+        timm.create_model("test_vit", img_size=32, num_classes=3, dynamic_img_size=True), normalize=True, dense=True
+    )
+
+    def run(images):
+        first, second = (output.detach().numpy().copy() for output in program(images))
+        if wrong == "another shape":
+            return [first[:1], second]
+        (second if wrong == "nan behind" else first).flat[0] = np.nan
+        return [first, second]
+
+    with pytest.raises(UserError, match="its outputs differ from PyTorch's by inf"):
+        largest_difference(program, run, [(3, 32, 32)])

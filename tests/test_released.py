@@ -1,6 +1,7 @@
 """The published Adventurer weights: names and numbers against an implementation written from the description alone."""
 
 import argparse
+import dataclasses
 import math
 import re
 
@@ -141,8 +142,15 @@ def tiny_logits(tiny):
     return {flip: adventurer(tiny, images(224, 224), flip) for flip in FLIPS}
 
 
+@pytest.fixture
+def small(small_weights, monkeypatch):
+    """`small_weights`, for which the table of published files is made to speak of 64x64 images."""
+    monkeypatch.setitem(RELEASED, PUBLISHED, dataclasses.replace(RELEASED[PUBLISHED], image_size=64))
+    return small_weights
+
+
 @pytest.fixture(scope="module")
-def small():
+def small_weights():
     """Weights for `SMALL`, 64x64 images and 10 classes."""
     return random_weights(width=64, depth=7, positions=17, classes=10)
 
@@ -172,9 +180,8 @@ def test_a_published_file_name_says_all_there_is_to_know(tiny, tiny_logits, tmp_
     model = load(saved(tmp_path, tiny))
     assert not model.training
     assert model.flip == "released"
-    assert (
-        f"{PUBLISHED}: taken for the published weights of that name, {TINY} with img_size=224, flip=released" in caplog.text
-    )
+    assert model.patch_embed.img_size == (224, 224)
+    assert f"{PUBLISHED}: taken for the published weights of that name, with flip=released; if it is yours" in caplog.text
     assert_equal(run(model, images(224, 224)), tiny_logits["released"])
 
 
@@ -193,6 +200,12 @@ def test_size_and_flip_rule_come_from_the_table(name, tmp_path):
 def test_what_the_user_says_stands_before_the_table(small, tmp_path):
     model = load(saved(tmp_path, small), flip="alternate", img_size=64, **SMALL)
     assert_equal(run(model, images(64, 64)), adventurer(small, images(64, 64), "alternate"))
+
+
+def test_a_file_of_another_size_is_not_taken_for_published(small, tmp_path):
+    other = small | {"pos_embed": torch.zeros(1, 37, 64)}
+    with pytest.raises(UserError, match="bears the name of published weights but is not of their size; rename it"):
+        load(saved(tmp_path, other), **SMALL)
 
 
 def test_another_file_name_needs_an_architecture(small, tmp_path):

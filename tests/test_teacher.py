@@ -1,5 +1,7 @@
 """Any timm ViT as `Features`, masking of its patches, and the frozen teacher: its sizes, its sources, its messages."""
 
+import json
+
 import pytest
 import timm
 import torch
@@ -371,3 +373,19 @@ def test_unknown_names_get_a_suggestion(tmp_path, monkeypatch, name, architectur
 def test_options_that_a_model_does_not_take():
     with pytest.raises(UserError, match=r"--student test_vit: could not be built: .*colour"):
         create_backbone("test_vit", field="--student", colour="red")
+
+
+def test_a_teacher_without_published_weights_is_an_error():
+    with pytest.raises(UserError, match=r"^--teacher adventurer\S+: has no published weights; .*--no-teacher-pretrained"):
+        load_teacher("adventurer_tiny_patch16_224", image_size=(224, 224))
+
+
+def test_a_classifier_of_another_size_than_its_configuration_is_an_error(tmp_path):
+    model = timm.create_model("test_vit", num_classes=9)
+    save_model_folder(model, tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    for part in (config, config["model_args"], config["pretrained_cfg"]):
+        part["num_classes"] = 7
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"do not fit the architecture: another shape head\.weight \[9, 64\] for \[7, 64\]"):
+        create_backbone(str(tmp_path / "model"), field="--teacher")

@@ -148,7 +148,7 @@ def test_compiling_does_not_grow_with_depth_or_drop_path() -> None:
 
 def test_a_kill_between_the_renames_loses_no_model(small_run) -> None:
     run = distill(small_run())
-    (run / "model").rename(run / "model.old")
+    (run / "model").rename(run / ".model.vit-linearizer-old")
     distill(small_run())
     assert load(run) is not None
 

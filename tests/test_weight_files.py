@@ -1,5 +1,6 @@
 """Weight files from disk and from the Hub: where they come from, and how those that do not fit are refused."""
 
+import dataclasses
 import io
 import shutil
 import socket
@@ -16,14 +17,22 @@ from safetensors.torch import save_file
 from vit_linearizer import load
 from vit_linearizer.contracts import UserError
 from vit_linearizer.models.loading import open_model, save_model_folder
+from vit_linearizer.models.released import RELEASED
 
 TINY = "adventurer_tiny_patch16_224"
 PUBLISHED = f"{TINY}.pth"
 SMALL = {"embed_dim": 64, "depth": 3}
 
 
+@pytest.fixture
+def small(small_weights, monkeypatch):
+    """`small_weights`, for which the table of published files is made to speak of 64x64 images."""
+    monkeypatch.setitem(RELEASED, PUBLISHED, dataclasses.replace(RELEASED[PUBLISHED], image_size=64))
+    return small_weights
+
+
 @pytest.fixture(scope="module")
-def small():
+def small_weights():
     """Random weights for `SMALL`, 64x64 images and 10 classes."""
     torch.manual_seed(0)
     weights = timm.create_model(TINY, img_size=64, num_classes=10, **SMALL).state_dict()

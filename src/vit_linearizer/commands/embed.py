@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import timm.data
 import torch
 from torch.utils.data import DataLoader
 
@@ -81,7 +82,10 @@ def embed(config: EmbedConfig) -> Path:
     grid = patch_grid(model, image_size)
     settings = {
         "model": config.model,
-        "weights": _digest(_bytes(value) for value in model.state_dict().values()),
+        "model_arch": config.model_arch,
+        "model_args": list(config.model_args),
+        "architecture": [repr(model), str(getattr(model, "flip", "")), str(timm.data.resolve_model_data_config(model))],
+        "weights": _digest(part for name, value in model.state_dict().items() for part in (name.encode(), _bytes(value))),
         "data": config.data,
         "names": _digest(source.name(number).encode(errors="surrogateescape") for number in range(len(source))),
         "image_size": list(image_size),

@@ -51,6 +51,8 @@ class ExportConfig(ModelConfig):
     debug: bool = False
 
     def __post_init__(self) -> None:
+        if not Path(self.out).name:
+            raise UserError("--out", self.out, "give a name")
         if self.format == "timm":
             for name, default in (("dynamic", False), ("dense", False), ("normalize", True)):
                 if getattr(self, name) != default:

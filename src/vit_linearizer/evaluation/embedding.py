@@ -44,7 +44,7 @@ class EmbeddingFile:
                 "--out", path, f"{self.parts.name} was begun with other settings; remove it, or give another name"
             )
         self.done = 0
-        self._rows: list[dict[str, np.ndarray]] = []
+        self._rows: list[tuple[int, dict[str, np.ndarray]]] = []
         self._bytes, self._written = 0, time.monotonic()
 
     def open(self) -> None:
@@ -58,7 +58,7 @@ class EmbeddingFile:
     def append(self, rows: Mapping[str, np.ndarray], done: int) -> None:
         """Add rows (the same keys each time; none at all is fine) of the pictures up to number ``done``."""
         if rows:
-            self._rows.append(dict(rows))
+            self._rows.append((done, dict(rows)))
             self._bytes += sum(array.nbytes for array in rows.values())
         self.done = done
         if self._bytes >= _PART_BYTES or time.monotonic() - self._written >= _PART_SECONDS:
@@ -67,11 +67,12 @@ class EmbeddingFile:
     def flush(self) -> None:
         """Write what waits in memory."""
         if self._rows:
-            joined = {key: np.concatenate([rows[key] for rows in self._rows]) for key in self._rows[0]}
+            done = self._rows[-1][0]
+            joined = {key: np.concatenate([rows[key] for _, rows in self._rows]) for key in self._rows[0][1]}
             fresh = self.parts / "part.new"
             with fresh.open("wb") as file:
-                np.savez(file, **{"done": np.array(self.done), **joined})  # type: ignore[arg-type]
-            fresh.replace(self.parts / f"part-{self.done:012d}.npz")
+                np.savez(file, **{"done": np.array(done), **joined})  # type: ignore[arg-type]
+            fresh.replace(self.parts / f"part-{done:012d}.npz")
         self._rows, self._bytes, self._written = [], 0, time.monotonic()
 
     def finish(self) -> int:

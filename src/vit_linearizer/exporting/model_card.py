@@ -10,6 +10,7 @@ import timm
 import torch.nn as nn
 
 from ..models.adapters import nominal_size
+from ..models.loading import is_file_name
 
 #: Settings of a run that a reader of its card asks for, where it has them.
 _SETTINGS = (
@@ -56,13 +57,19 @@ class Origin:
         teacher = self.settings.get("teacher") or ""
         if not self._teacher_is_public or teacher.startswith("hf-hub:") or not self.settings.get("teacher_pretrained", True):
             return None
+        if teacher != teacher.partition(".")[0] and teacher not in timm.list_pretrained():
+            return None
         config = timm.get_pretrained_cfg(teacher)
         return config.license if config is not None else None
 
     @property
     def _teacher_is_public(self) -> bool:
         teacher = self.settings.get("teacher") or ""
-        return teacher.startswith("hf-hub:") or timm.is_model(teacher.partition(".")[0])
+        if teacher.startswith("hf-hub:"):
+            return True
+        return (
+            not self.settings.get("teacher_arch") and not is_file_name(teacher) and timm.is_model(teacher.partition(".")[0])
+        )
 
 
 def find_origin(model: str) -> Origin:

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch.export import ExportedProgram
 
-from ..contracts import optional_import
+from ..contracts import UserError, optional_import
 from .parity import Run, largest_difference
 from .program import Program
 
@@ -45,9 +45,14 @@ def write_onnx(
     Raises:
         UserError: the difference is too large.
     """
-    translated = torch.onnx.export(
-        exported, dynamo=True, verbose=False, input_names=["images"], output_names=program.output_names
-    )
+    try:
+        translated = torch.onnx.export(
+            exported, dynamo=True, verbose=False, input_names=["images"], output_names=program.output_names
+        )
+    except torch.onnx.OnnxExporterError as error:
+        reason = " ".join(str(error.__cause__ or error).split())[:300]
+        remedy = f"{type(program.model).__name__} cannot be translated ({reason}); --format torch-export may do"
+        raise UserError("--format", "onnx", remedy) from error
     if translated is None:
         raise RuntimeError("torch.onnx.export returned nothing")
     domains = {node.domain for node in translated.model.graph}
@@ -59,7 +64,9 @@ def write_onnx(
         fresh = Path(folder) / path.name
         translated.save(str(fresh), external_data=weights > _LARGEST_FILE)
         differences = largest_difference(program, _session(fresh), sizes)
-        for file in Path(folder).iterdir():
+        weights_file = path.with_name(path.name + ".data")
+        weights_file.unlink(missing_ok=True)
+        for file in sorted(Path(folder).iterdir(), key=lambda file: file.suffix == ".onnx"):  # the model itself last
             shutil.move(str(file), str(path.parent / file.name))
     return differences, translated.model.opset_imports[""]
 

@@ -37,14 +37,17 @@ def largest_difference(program: Program, run: Run, sizes: Sequence[tuple[int, in
         except Exception as error:  # whatever the runtime raises where a model's code has tied the program to one size
             reason = " ".join(str(error).split())[:200]
             raise UserError("export", name, f"the program fails at this size ({reason}); leave out --dynamic") from error
-        differences = [
-            float(np.abs(have - want).max() / max(np.abs(want).max(), np.finfo(np.float32).tiny))
-            for have, want in zip(given, wanted, strict=True)
-        ]
-        found[name] = max(differences)
+        differences = [_difference(have, want) for have, want in zip(given, wanted, strict=True)]
+        found[name] = float(np.max(differences))  # unlike max(), it does not pass over NaN
         if not found[name] <= TOLERANCE:
             remedy = (
                 f"at {name} its outputs differ from PyTorch's by {found[name]:.1e}, more than {TOLERANCE:.0e}; not written"
             )
             raise UserError("export", None, remedy)
     return found
+
+
+def _difference(have: np.ndarray, want: np.ndarray) -> float:
+    if have.shape != want.shape or not np.isfinite(have).all():
+        return float("inf")
+    return float(np.abs(have - want).max() / max(np.abs(want).max(), np.finfo(np.float32).tiny))

@@ -1,5 +1,6 @@
 """``torch.export``: one ``.pt2`` file, loaded and replayed before it gets its name."""
 
+import tempfile
 from pathlib import Path
 
 import torch
@@ -26,13 +27,11 @@ def write_torch_program(
     Raises:
         UserError: the difference is too large.
     """
-    fresh = path.with_name(f"{path.stem}.new{path.suffix}")
-    try:
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=path.name) as folder:
+        fresh = Path(folder) / path.name
         torch.export.save(exported, fresh)
         replayed = torch.export.load(fresh).module()
         with torch.no_grad():
             differences = largest_difference(program, lambda images: [t.numpy() for t in replayed(images)], sizes)
         fresh.replace(path)
-    finally:
-        fresh.unlink(missing_ok=True)
     return differences

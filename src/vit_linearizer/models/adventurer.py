@@ -13,7 +13,7 @@ import torch.nn as nn
 from timm.layers import PatchEmbed, lecun_normal_, trunc_normal_
 from timm.models import checkpoint
 from timm.models._features import feature_take_indices
-from timm.models._input import update_model_input_size
+from timm.models._input import update_model_args, update_model_input_size
 from torch import Tensor
 
 from ..ops import Implementation, resample_position_embedding
@@ -268,6 +268,7 @@ class Adventurer(nn.Module):
         taken, last = feature_take_indices(len(self.layers), indices)
         self.layers = self.layers[: last + 1]  # a new list, which starts in training mode
         self.layers.training = self.training
+        update_model_args(self, depth=len(self.layers))
         if prune_norm:
             self.norm_f = nn.Identity().train(self.training)  # type: ignore[assignment]
         if prune_head:

@@ -8,7 +8,7 @@ from typing import Any
 
 from timm.layers import resample_patch_embed
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
-from timm.models._input import get_pretrained_grid_size
+from timm.models._input import get_pretrained_grid_size, update_model_args
 from torch import Tensor
 
 from ..ops import resample_position_embedding
@@ -56,7 +56,7 @@ default_cfgs = generate_default_cfgs(
 
 
 def _create(variant: str, pretrained: bool, **kwargs: Any) -> Adventurer:
-    return build_model_with_cfg(
+    model = build_model_with_cfg(
         Adventurer,
         variant,
         pretrained,
@@ -64,6 +64,8 @@ def _create(variant: str, pretrained: bool, **kwargs: Any) -> Adventurer:
         feature_cfg=dict(out_indices=3, feature_cls="getter"),
         **kwargs,
     )
+    update_model_args(model, flip=kwargs.get("flip", "alternate"))  # saved even where it is today's default
+    return model
 
 
 _TINY = dict(embed_dim=256, depth=12)

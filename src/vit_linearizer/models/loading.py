@@ -51,6 +51,11 @@ def model_folder(path: str | os.PathLike[str]) -> Path | None:
     return None
 
 
+def is_file_name(name: str) -> bool:
+    """Whether a name is that of a weight file or of something on this disk, rather than a model's."""
+    return Path(name).suffix in _WEIGHT_FILES or Path(name.removeprefix("local-dir:")).exists()
+
+
 def _has_weights(folder: Path) -> bool:
     return any(file.suffix in _WEIGHT_FILES for file in folder.iterdir())
 
@@ -66,7 +71,7 @@ def save_model_folder(
         card: text of its ``README.md``.
         check: looks at the new folder before it takes the place of the old one; what it raises leaves the old one there.
     """
-    fresh, old = folder.with_name(folder.name + ".new"), _old(folder)
+    fresh, old = folder.with_name(f".{folder.name}.vit-linearizer-new"), _old(folder)
     recover_model_folder(folder)
     for leftover in (fresh, old):
         shutil.rmtree(leftover, ignore_errors=True)
@@ -96,7 +101,7 @@ def recover_model_folder(folder: Path) -> None:
 
 
 def _old(folder: Path) -> Path:
-    return folder.with_name(folder.name + ".old")
+    return folder.with_name(f".{folder.name}.vit-linearizer-old")
 
 
 def open_model(
@@ -143,7 +148,13 @@ def create_backbone(
     pretrained: bool = False,
     **model_args: Any,
 ) -> nn.Module:
-    """`open_model` without its classifier, and random unless asked for otherwise."""
+    """`open_model` without its classifier, random unless asked for otherwise; no weights to load is an error then."""
+    timm_name, brings_weights, _ = _resolve(name, field, architecture)
+    if pretrained and not brings_weights and not _has_published_weights(timm_name):
+        remedy = (
+            f"has no published weights; give a file or a run, or {_flag(field, 'pretrained', no=True)} for random weights"
+        )
+        raise UserError(field, name, remedy)
     model: Any = open_model(name, field=field, architecture=architecture, pretrained=pretrained, **model_args)
     model.reset_classifier(0)
     return model
@@ -175,31 +186,40 @@ def _resolve(name: str, field: str, architecture: str | None) -> tuple[str, bool
 
 
 def _resolve_file(path: Path, name: str, field: str, architecture: str | None) -> tuple[str, bool, dict[str, Any]]:
-    model_args: dict[str, Any] = {}
     released = RELEASED.get(path.name)
     if architecture is None and released is None:
         remedy = f"is a weight file; name its architecture too: {_flag(field, 'arch')} vit_base_patch16_224"
         raise UserError(field, name, remedy)
-    if released is not None and architecture in (None, released.architecture):
-        architecture, model_args = released.architecture, released.model_args
-        said = ", ".join(f"{key}={value}" for key, value in model_args.items())
-        logger.info("%s: taken for the published weights of that name, %s with %s", path.name, architecture, said)
+    if architecture is not None:
+        _check_known(architecture, _flag(field, "arch"))
+    state_dict = _read_file(path, name, field)
+    model_args: dict[str, Any] = {}
+    if released is not None and (architecture is None or architecture.startswith("adventurer_")):
+        if not released.fits(state_dict):
+            remedy = (
+                f"bears the name of published weights but is not of their size; rename it, and give {_flag(field, 'arch')}"
+            )
+            raise UserError(field, name, remedy)
+        model_args = {**released.model_args} if architecture in (None, released.architecture) else {"flip": "released"}
+        architecture = architecture or released.architecture
+        logger.warning(
+            "%s: taken for the published weights of that name, with flip=released; if it is yours, %s flip=alternate",
+            path.name, _flag(field, "args"),
+        )  # fmt: skip
     assert architecture is not None
-    _check_known(architecture, _flag(field, "arch"))
-    classes = _classes_in_file(path, name, field, architecture)
+    classifier = timm.models.get_pretrained_cfg_value(architecture, "classifier")
+    weight = state_dict.get(f"{classifier[0] if isinstance(classifier, tuple | list) else classifier}.weight")
+    # Asked for another number of classes than the file has, timm would load leniently.
+    classes = weight.shape[0] if weight is not None and weight.ndim else 0
     overlay = {"file": str(path), "num_classes": classes}
     return architecture, True, {"pretrained_cfg_overlay": overlay, "num_classes": classes, **model_args}
 
 
-def _classes_in_file(path: Path, name: str, field: str, architecture: str) -> int:
-    """Outputs of the classifier in a weight file, 0 without one: asked for another number, timm would load leniently."""
+def _read_file(path: Path, name: str, field: str) -> dict[str, Any]:
     try:
-        state_dict = load_state_dict(str(path))
+        return load_state_dict(str(path))
     except Exception as error:  # whatever a file that is no weight file makes the readers trip over
         raise _unreadable(name, field, error) from error
-    classifier = timm.models.get_pretrained_cfg_value(architecture, "classifier")
-    weight = state_dict.get(f"{classifier}.weight")
-    return weight.shape[0] if weight is not None and weight.ndim else 0
 
 
 def _fetch_file(name: str, field: str, architecture: str | None) -> Path:
@@ -276,12 +296,13 @@ def _some(names: list[str], most: int = 4) -> str:
 
 
 def _only_classifier_differs(message: str, timm_name: str) -> bool:
-    """Whether a strict load failed for nothing but the classifier, as with pretrained weights that come without one."""
+    """Whether a strict load failed for nothing but a missing classifier, as with pretrained weights that have none."""
     known = not timm_name.startswith(("local-dir:", "hf-hub:"))
     classifier = (timm.models.get_pretrained_cfg_value(timm_name, "classifier") if known else None) or "head"
     prefixes = tuple([classifier] if isinstance(classifier, str) else classifier)
-    keys = re.findall(r'"([^"]+)"', message) + re.findall(r"size mismatch for ([\w.]+):", message)
-    return "Unexpected key" not in message and bool(keys) and all(key.startswith(prefixes) for key in keys)
+    keys = re.findall(r'"([^"]+)"', message)
+    only_missing = "Unexpected key" not in message and "size mismatch" not in message
+    return only_missing and bool(keys) and all(key.startswith(prefixes) for key in keys)
 
 
 @contextlib.contextmanager

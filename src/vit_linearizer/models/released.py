@@ -5,8 +5,11 @@ project's `Adventurer`, class position last, and load strictly. A weight file do
 trained with the public code, whose rule is ``released`` (`adventurer_block.FLIP_RULES`).
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from torch import Tensor
 
 REPOSITORY = "Wangf3014/Adventurer"
 
@@ -29,6 +32,14 @@ class ReleasedWeights:
     def model_args(self) -> dict[str, Any]:
         """What the architecture has to be built with for these weights."""
         return {"img_size": self.image_size, "flip": "released"}
+
+    def fits(self, state_dict: Mapping[str, Tensor]) -> bool:
+        """Whether a file's patch and position embedding have the sizes of these weights."""
+        patch, positions = (state_dict.get(name) for name in ("patch_embed.proj.weight", "pos_embed"))
+        if patch is None or positions is None or positions.ndim != 3:
+            return True  # loading says what is missing
+        side = int(self.architecture.split("_")[2].removeprefix("patch"))
+        return patch.shape[-1] == side and positions.shape[1] == (self.image_size // side) ** 2 + 1
 
 
 #: By file name.
