@@ -47,6 +47,11 @@ def test_help(command: str, capsys: pytest.CaptureFixture) -> None:
     assert ("--teacher-image-size" in text and "--no-teacher-pretrained" in text) or command != "distill"
 
 
+def test_version(capsys: pytest.CaptureFixture) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"vit-linearizer {vit_linearizer.__version__}\n"
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

@@ -1,6 +1,7 @@
 """``embed``: rows by name and equal to the features computed by hand, unreadable pictures, kills, refusals."""
 
 import shutil
+import signal
 
 import numpy as np
 import pytest
@@ -129,10 +130,11 @@ def test_a_run_and_its_exported_folder_give_the_same_values(run, small_run, tmp_
         assert_same(other, first)
 
 
-def test_a_name_without_weights_is_random_and_says_so(run, caplog):
+def test_a_name_without_weights_has_to_be_meant(run):
     name, shape = "adventurer_tiny_patch16_224", ("img_size=32", "patch_size=8", "embed_dim=32", "depth=1")
-    assert run(model=name, model_args=shape)["pooled"].shape == (12, 32)
-    assert f"{name} has no published weights: it is random" in caplog.text
+    with pytest.raises(UserError, match=rf"^model {name}: has no published weights; .*--no-model-pretrained"):
+        run(model=name, model_args=shape)
+    assert run(model=name, model_args=shape, model_pretrained=False)["pooled"].shape == (12, 32)
 
 
 def test_any_timm_vit_without_its_weights(run):
@@ -145,7 +147,7 @@ def test_from_the_command_line(model, photos, tmp_path, caplog):
     assert main(["embed", str(model[0]), "--data", str(photos), "--out", str(out), "--dense", "--device", "cpu"]) == 0
     assert [file.name for file in out.parent.iterdir()] == [out.name]
     assert "embedding: image 12 of 12" in caplog.text
-    assert f"12 images -> {out}" in caplog.text
+    assert f"{out}: features of 12 images at 32x32" in caplog.text
 
 
 # --- pictures that cannot be read -----------------------------------------------------------------------------------
@@ -164,7 +166,7 @@ def test_unreadable_pictures_have_no_row_and_are_listed(run, model, album, tmp_p
     lines = [line.split("\t") for line in (tmp_path / "features.npz.skipped.txt").read_text().splitlines()]
     assert [name for name, _ in lines] == [*(f"{number}.jpg" for number in broken), "header.png"]
     assert all(reason for _, reason in lines)
-    assert f"{len(broken) + 1} skipped" in caplog.text
+    assert f"{len(broken) + 1} images could not be read: " in caplog.text
 
 
 def test_a_folder_without_a_readable_picture_is_an_error(run, album, tmp_path):
@@ -223,7 +225,7 @@ def test_a_killed_run_goes_on_to_the_same_file(run, album, tmp_path, stop_after,
     computed = stop_after(None)
     assert_same(run(**settings), whole)
     assert sum(computed) == 8 - (0, 2, 0, 5)[batches]
-    assert batches == 0 or f"going on behind {2 * batches} of 9 images" in caplog.text
+    assert batches == 0 or f"going on: {2 * batches} of 9 images are done" in caplog.text
     assert not list(tmp_path.glob("*.partial"))
     assert (tmp_path / "features.npz.skipped.txt").read_text() == (tmp_path / "whole.npz.skipped.txt").read_text()
 
@@ -279,8 +281,8 @@ def test_parts_join_to_what_was_appended(tmp_path, monkeypatch):
     ("changed", "message"),
     [
         ({"out": "features.npy"}, r"^--out features\.npy: must end in \.npz$"),
-        ({"model": "vit_tny_patch16_224"}, r"^--model vit_tny_patch16_224: unknown model; did you mean"),
-        ({"model": "swin_tiny_patch4_window7_224", "model_pretrained": False}, r"^--model swin\S+: is not a plain backbone"),
+        ({"model": "vit_tny_patch16_224"}, r"^model vit_tny_patch16_224: unknown model; did you mean"),
+        ({"model": "swin_tiny_patch4_window7_224", "model_pretrained": False}, r"^model swin\S+: is not a plain backbone"),
         ({"data": "nowhere"}, r"^--data nowhere: no such folder"),
         ({"image_size": "30"}, r"image.size 30x30: must be a multiple of the patch 8x8; try 32x32$"),
         ({"image_size": "3O"}, r"^--image-size 3O: give one side"),
@@ -336,3 +338,19 @@ def test_an_interrupt_between_rows_and_count_loses_no_part(tmp_path):
     file._rows.append((4, {"pooled": np.ones((2, 1))}))  # as far as append gets before it is interrupted
     file.flush()
     assert file.finish() == 4
+
+
+def test_sigterm_keeps_what_is_done(run, album, tmp_path, monkeypatch):
+    rows = command._rows
+
+    def terminated(*arguments, **settings):
+        signal.raise_signal(signal.SIGTERM)
+        return rows(*arguments, **settings)
+
+    before = signal.getsignal(signal.SIGTERM)
+    batches = iter([rows, terminated])
+    monkeypatch.setattr(command, "_rows", lambda *arguments, **settings: next(batches)(*arguments, **settings))
+    with pytest.raises(KeyboardInterrupt):
+        run(data=str(album), batch_size=2)
+    assert [file.name for file in (tmp_path / "features.npz.partial").glob("part-*")] == ["part-000000000002.npz"]
+    assert signal.getsignal(signal.SIGTERM) is before

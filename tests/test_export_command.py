@@ -242,7 +242,7 @@ def test_a_missing_package_is_named_with_its_remedy(make, monkeypatch, tmp_path,
         ("--format timm --out new --dense", r"--dense: not for --format timm"),
         ("--format timm --out new --no-normalize", r"--no-normalize: not for --format timm"),
         ("--format timm --out papers", r"--out papers: holds other files \(thesis\.tex\); give a new folder"),
-        ("--format timm --out run", r"--out run: is a run; give a new folder"),
+        ("--format timm --out run", r"--out run: is a run or part of one; give a new folder"),
         ("--format timm --out letter.txt", r"--out letter\.txt: is a file; give a folder"),
         ("--format onnx --out folder.onnx", r"--out folder\.onnx: is a folder"),
         ("--format onnx --out new.onnx --push-to-hub me/it", r"--push-to-hub me/it: needs --format timm"),
@@ -267,10 +267,10 @@ def test_what_cannot_work_is_refused_in_one_line_and_leaves_nothing(
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("vit_tny_patch16_224", r"--model vit_tny_patch16_224: unknown model; did you mean vit_tiny_patch16_224.*"),
-        ("swin_tiny_patch4_window7_224", r"--model swin_tiny_patch4_window7_224: is not a plain backbone.*"),
-        ("nowhere.pth", r"--model nowhere\.pth: no such file"),
-        ("nothing/here", r"--model nothing/here: unknown model.*"),
+        ("vit_tny_patch16_224", r"model vit_tny_patch16_224: unknown model; did you mean vit_tiny_patch16_224.*"),
+        ("swin_tiny_patch4_window7_224", r"model swin_tiny_patch4_window7_224: is not a plain backbone.*"),
+        ("nowhere.pth", r"model nowhere\.pth: no such file"),
+        ("nothing/here", r"model nothing/here: unknown model.*"),
     ],
 )
 def test_a_model_that_cannot_be_had_is_refused_in_one_line(tmp_path, capsys, name, message):
@@ -301,3 +301,47 @@ def test_neighbours_of_the_folder_stay(source, tmp_path):
 )
 def test_a_teacher_that_only_looks_like_a_name_of_timm_has_no_licence(teacher):
     assert Origin(name="n", settings={"teacher": teacher}).licence is None
+
+
+def test_a_free_program_keeps_the_positions_of_the_model(tmp_path):
+    """Recorded at another size, its positions are still those of the model: nothing is resampled twice."""
+    model = timm.create_model("adventurer_tiny_patch16_224", img_size=64, patch_size=8, embed_dim=64, depth=1, num_classes=3)
+    torch.nn.init.normal_(model.pos_embed)
+    save_model_folder(model.eval(), tmp_path / "model")
+    program = tmp_path / "m.pt2"
+    settings = dict(format="torch-export", dynamic=True, image_size="16", normalize=False)
+    export(ExportConfig(model=str(tmp_path / "model"), out=str(program), **settings))
+    images = torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        (logits,) = torch.export.load(program).module()(images)
+        torch.testing.assert_close(logits, model(images), rtol=1e-4, atol=1e-4)
+
+
+def test_random_weights_are_called_random(tmp_path):
+    shape = ("depth=1", "embed_dim=32", "img_size=32", "patch_size=8")
+    export(ExportConfig(model="adventurer_tiny_patch16_224", model_args=shape, format="timm", out=str(tmp_path / "m")))
+    assert "with **random weights**" in (tmp_path / "m" / "README.md").read_text()
+    trial = Origin(name="n", settings={"teacher": "vit_tiny_patch16_224", "teacher_pretrained": False})
+    assert "with **random weights**: it knows nothing" in write_card(trial, load(tmp_path / "m"))
+
+
+def test_the_model_of_a_run_is_not_overwritten(source, tmp_path):
+    (tmp_path / "run" / "model").mkdir(parents=True)
+    (tmp_path / "run" / "metrics.jsonl").touch()
+    with pytest.raises(UserError, match="is a run or part of one; give a new folder"):
+        export(ExportConfig(model=str(source), format="timm", out=str(tmp_path / "run" / "model")))
+
+
+def test_an_architecture_is_for_weight_files(source, tmp_path):
+    with pytest.raises(UserError, match=r"^--model-arch vit_tiny_patch16_224: is for weight files only"):
+        export(ExportConfig(model=str(source), model_arch="vit_tiny_patch16_224", format="timm", out=str(tmp_path / "m")))
+
+
+def test_a_hub_that_does_not_answer_is_one_line(source, tmp_path, monkeypatch):
+    class Unreachable:
+        def create_repo(self, name, **_):
+            raise ConnectionError("no route")
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Unreachable)
+    with pytest.raises(UserError, match=r"^--push-to-hub me/it: could not be sent \(no route\); .* is written"):
+        export(ExportConfig(model=str(source), format="timm", out=str(tmp_path / "m"), push_to_hub="me/it"))

@@ -208,6 +208,13 @@ def test_a_file_of_another_size_is_not_taken_for_published(small, tmp_path):
         load(saved(tmp_path, other), **SMALL)
 
 
+def test_what_is_said_about_flips(small, tmp_path, caplog):
+    load(saved(tmp_path, small), flip="alternate", **SMALL)
+    assert "flip" not in caplog.text
+    load(saved(tmp_path, small, "mine.pth"), architecture=TINY, img_size=64, **SMALL)
+    assert "mine.pth: a weight file does not say which blocks flip; flip=alternate is assumed" in caplog.text
+
+
 def test_another_file_name_needs_an_architecture(small, tmp_path):
     file = saved(tmp_path, small, "mine.pth")
     with pytest.raises(UserError, match=r"^--model \S+mine\.pth: is a weight file; .*--model-arch") as error:

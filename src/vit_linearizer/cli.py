@@ -1,5 +1,6 @@
 """The command line: one subcommand per function of the package, flags from its configuration dataclass."""
 
+import importlib.metadata
 import logging
 import sys
 from collections.abc import Callable, Sequence
@@ -35,6 +36,9 @@ _Command = (
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, 2 for an error the user can mend, 130 when stopped."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments == ["--version"]:
+        sys.stdout.write(f"vit-linearizer {importlib.metadata.version('vit-linearizer')}\n")
+        return 0
     logging.captureWarnings(True)
     show_messages()
     try:

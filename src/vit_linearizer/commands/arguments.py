@@ -29,13 +29,13 @@ class ModelConfig:
     model_args: tuple[str, ...] = ()
     model_pretrained: bool = True
 
-    def open(self, **model_args: Any) -> nn.Module:
+    def open(self, *, pretrained: bool = True, **model_args: Any) -> nn.Module:
         """The model in evaluation mode; ``model_args`` stand behind those of the user."""
         return open_model(
             self.model,
-            field="--model",
+            field="model",
             architecture=self.model_arch,
-            pretrained=self.model_pretrained,
+            pretrained=pretrained and self.model_pretrained,
             **{**model_args, **parse_model_args("--model-args", self.model_args)},
         ).eval()
 

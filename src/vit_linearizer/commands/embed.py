@@ -1,10 +1,13 @@
 """``embed``: pictures in, pooled or dense features with their file names out."""
 
+import contextlib
 import functools
 import hashlib
 import logging
+import signal
+import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -76,14 +79,12 @@ def embed(config: EmbedConfig) -> Path:
     source = open_source(config.data)
     image_size = parse_size("--image-size", config.image_size)
     torch.manual_seed(0)  # of a model without weights, which has to be the same when a killed run goes on
-    model = config.open(**({} if image_size is None else {"img_size": image_size}))
-    check_plain(model, config.model, field="--model")
+    wanted: dict[str, Any] = {} if image_size is None else {"img_size": image_size}
+    model = config.open(**wanted)
+    check_plain(model, config.model, field="model")
     image_size = image_size or nominal_size(model)
     grid = patch_grid(model, image_size)
     settings = {
-        "model": config.model,
-        "model_arch": config.model_arch,
-        "model_args": list(config.model_args),
         "architecture": [repr(model), str(getattr(model, "flip", "")), str(timm.data.resolve_model_data_config(model))],
         "weights": _digest(part for name, value in model.state_dict().items() for part in (name.encode(), _bytes(value))),
         "data": config.data,
@@ -96,7 +97,7 @@ def embed(config: EmbedConfig) -> Path:
     file.open()
     list_of_skipped = Path(f"{config.out}.skipped.txt")
     if file.done:
-        logger.info("going on behind %d of %d images", file.done, len(source))
+        logger.info("going on: %d of %d images are done", file.done, len(source))
     else:
         list_of_skipped.unlink(missing_ok=True)
     skipped = SkippedList(list_of_skipped)
@@ -110,13 +111,29 @@ def embed(config: EmbedConfig) -> Path:
         _rows, model, source, device=device, precision=precision, grid=grid if config.dense else None
     )
     try:
-        _fill(file, loader, source, skipped, compute)
+        with _termination_as_interrupt():
+            _fill(file, loader, source, skipped, compute)
     finally:
         file.flush()
     rows = file.finish()
     unread = skipped.tidy()
-    logger.info("%d images -> %s%s", rows, config.out, f", {len(unread)} skipped" if unread else "")
+    logger.info("%s: features of %d images at %dx%d", config.out, rows, *image_size)
+    if unread:
+        logger.warning("%d images could not be read: %s", len(unread), list_of_skipped)
     return Path(config.out)
+
+
+@contextlib.contextmanager
+def _termination_as_interrupt() -> Iterator[None]:
+    """SIGTERM ends the work as Ctrl-C does: what is done is written."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _fill(

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import huggingface_hub
+import timm
 import timm.data
 import torch
 
@@ -17,7 +18,7 @@ from ..exporting.parity import largest_difference
 from ..exporting.program import Program, capture, example_size, example_sizes
 from ..exporting.torch_program import write_torch_program
 from ..models.adapters import check_plain, patch_size
-from ..models.loading import load, save_model_folder
+from ..models.loading import has_weights, is_file_name, load, save_model_folder
 from ..training.progress import show_messages
 from .arguments import ModelConfig, parse_size
 
@@ -60,8 +61,8 @@ class ExportConfig(ModelConfig):
             others = {file.name for file in Path(self.out).glob("*")} - {"config.json", "model.safetensors", "README.md"}
             if others and not Path(self.out, "metrics.jsonl").exists():
                 raise UserError("--out", self.out, f"holds other files ({min(others)}); give a new folder")
-            if Path(self.out, "metrics.jsonl").exists():
-                raise UserError("--out", self.out, "is a run; give a new folder")
+            if any((folder / "metrics.jsonl").exists() for folder in (Path(self.out), Path(self.out).parent)):
+                raise UserError("--out", self.out, "is a run or part of one; give a new folder")
         else:
             if self.push_to_hub is not None:
                 raise UserError("--push-to-hub", self.push_to_hub, "needs --format timm")
@@ -87,9 +88,10 @@ def export(config: ExportConfig) -> dict[str, float]:
     if config.format == "onnx":
         check_onnx_installed()
     model = _open(config)
-    check_plain(model, config.model, field="--model")
+    check_plain(model, config.model, field="model")
     image_size = example_size(model, parse_size("--image-size", config.image_size))
-    origin = find_origin(config.model)
+    random = not (config.model_pretrained and has_weights(config.model)) and not is_file_name(config.model)
+    origin = find_origin(config.model, random=random)
     out = Path(config.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     if config.format == "timm":
@@ -100,20 +102,33 @@ def export(config: ExportConfig) -> dict[str, float]:
         logger.info("at %s the largest relative difference to PyTorch is %.1e", size, difference)
     logger.info("written: %s", out)
     if config.push_to_hub is not None:
-        api = huggingface_hub.HfApi()
-        repository = api.create_repo(config.push_to_hub, exist_ok=True).repo_id
-        api.upload_folder(repo_id=repository, folder_path=out, commit_message="Model exported with vit-linearizer")
-        logger.info("sent to the Hub: hf-hub:%s", repository)
+        logger.info("sent to the Hub: hf-hub:%s", _push(out, config.push_to_hub))
     return differences
 
 
+def _push(folder: Path, name: str) -> str:
+    """Send a folder to the Hub; returns the repository's full name."""
+    try:
+        api = huggingface_hub.HfApi()
+        repository = api.create_repo(name, exist_ok=True).repo_id
+        api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Model exported with vit-linearizer")
+    except Exception as error:  # the hub client has no common base class for its many errors
+        reason = " ".join(str(error).split())[:200]
+        remedy = f"could not be sent ({reason}); {folder} is written: check the network and `hf auth login`, and try again"
+        raise UserError("--push-to-hub", name, remedy) from error
+    return repository
+
+
 def _open(config: ExportConfig) -> torch.nn.Module:
-    """The model, at the image size asked for; free in its image size where the program shall be."""
-    size = parse_size("--image-size", config.image_size)
+    """The model, at the image size asked for; with ``--dynamic`` at its own, since its positions follow every image then."""
+    pretrained = config.model_pretrained and has_weights(config.model)
+    if config.model_pretrained and not pretrained and timm.is_model(config.model):
+        logger.warning("%s has no published weights: it is exported with random ones", config.model)
+    size = None if config.dynamic else parse_size("--image-size", config.image_size)
     wanted: dict[str, Any] = {} if size is None else {"img_size": size}
-    model = config.open(**wanted)
+    model = config.open(pretrained=pretrained, **wanted)
     if config.dynamic and getattr(model, "dynamic_img_size", None) is False:
-        model = config.open(**wanted, dynamic_img_size=True)
+        model = config.open(pretrained=pretrained, dynamic_img_size=True)
     return model
 
 
@@ -158,11 +173,16 @@ def _facts(config: ExportConfig, program: Program, image_size: tuple[int, int]) 
     data = timm.data.resolve_model_data_config(program.model)
     mean, std = ([round(float(value), 6) for value in data[key]] for key in ("mean", "std"))
     height, width = patch_size(program.model)
-    size = "height and width free" if config.dynamic else f"{image_size[0]}x{image_size[1]} only"
+    size = f"{image_size[0]}x{image_size[1]} only"
+    if config.dynamic:
+        size = f"any height and width in multiples of the patch {height}x{width}"
+    classes, dim = getattr(program.model, "num_classes", 0), program.model.num_features
+    shapes = {"logits": f"[batch, {classes}]", "features": f"[batch, {dim}], pooled",
+              "dense": f"[batch, {dim}, height / {height}, width / {width}], final patch features"}  # fmt: skip
     inside = "RGB in [0, 1]; the normalisation is inside"
     outside = f"RGB, already normalised with mean {mean} and deviation {std}"
     return {
         "input": f"images [batch, 3, height, width], fp32, {inside if config.normalize else outside}",
-        "sizes": f"{size}, in multiples of the patch {height}x{width}; batch free",
-        "outputs": ", ".join(program.output_names),
+        "sizes": f"{size}; any batch",
+        **{f"output {name}": shapes[name] for name in program.output_names},
     }

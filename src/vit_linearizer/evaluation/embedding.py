@@ -17,7 +17,7 @@ import numpy as np
 from ..contracts import UserError
 
 #: A part is written once it holds so many bytes, or is so many seconds old.
-_PART_BYTES, _PART_SECONDS = 64 * 2**20, 30.0
+_PART_BYTES, _PART_SECONDS = 64 * 2**20, 10.0
 
 
 class EmbeddingFile:

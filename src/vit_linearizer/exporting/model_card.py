@@ -37,11 +37,13 @@ class Origin:
         name: what to call it.
         settings: resolved configuration of the run it comes from, empty for a model that comes from none.
         figures: the run's evaluation, by metric.
+        random: whether the weights are random.
     """
 
     name: str
     settings: Mapping[str, Any] = field(default_factory=dict)
     figures: Mapping[str, Any] = field(default_factory=dict)
+    random: bool = False
 
     @property
     def teacher(self) -> str | None:
@@ -63,6 +65,11 @@ class Origin:
         return config.license if config is not None else None
 
     @property
+    def teacher_is_random(self) -> bool:
+        """Whether the teacher was a bare architecture."""
+        return self._teacher_is_public and not self.settings.get("teacher_pretrained", True)
+
+    @property
     def _teacher_is_public(self) -> bool:
         teacher = self.settings.get("teacher") or ""
         if teacher.startswith("hf-hub:"):
@@ -72,13 +79,13 @@ class Origin:
         )
 
 
-def find_origin(model: str) -> Origin:
-    """Read the run that a name stands for, if it is one."""
+def find_origin(model: str, *, random: bool = False) -> Origin:
+    """Read the run that a name stands for, if it is one; ``random`` where nothing was loaded."""
     run = Path(model.removeprefix("local-dir:"))
     if run.name == "model" and (run.parent / "metrics.jsonl").exists():
         run = run.parent
     if not (run / "metrics.jsonl").exists():
-        return Origin(name=run.resolve().name if run.exists() else model)
+        return Origin(name=run.resolve().name if run.exists() else model, random=random)
     settings, figures = ({}, {})
     if (run / "config.json").exists():
         settings = json.loads((run / "config.json").read_text(encoding="utf-8"))
@@ -111,7 +118,7 @@ def write_card(origin: Origin, model: nn.Module, program: Mapping[str, str] | No
         licence = origin.licence or "not known here: look at where the teacher comes from before you pass this model on"
         facts |= {"teacher": f"`{origin.teacher}`", "licence of the teacher": licence}
     sections = [
-        _front_matter(origin, classes),
+        _front_matter(origin, classes, library="timm" if program is None else None),
         f"# {_plain(origin.name)}\n",
         _about(origin) + "\n",
         _table(("", ""), facts),
@@ -129,14 +136,17 @@ def write_card(origin: Origin, model: nn.Module, program: Mapping[str, str] | No
 
 
 def _about(origin: Origin) -> str:
+    if origin.teacher_is_random:
+        return f"A trial, distilled with vit-linearizer from a `{origin.teacher}` with **random weights**: it knows nothing."
     if origin.teacher:
         return f"A linear-time vision backbone, distilled without labels from `{origin.teacher}` with vit-linearizer."
-    return "A vision model, exported with vit-linearizer."
+    return "A vision model, exported with vit-linearizer" + (", with **random weights**." if origin.random else ".")
 
 
-def _front_matter(origin: Origin, classes: int) -> str:
+def _front_matter(origin: Origin, classes: int, *, library: str | None) -> str:
     kind = "image-classification" if classes else "image-feature-extraction"
-    lines = ["---", "library_name: timm", f"pipeline_tag: {kind}", "tags:", f"- {kind}", "- timm", "- vit-linearizer"]
+    lines = ["---", *([f"library_name: {library}"] if library else []), f"pipeline_tag: {kind}"]
+    lines += ["tags:", f"- {kind}", "- timm", "- vit-linearizer"]
     if origin.licence:
         lines.append(f"license: {json.dumps(origin.licence)}")
     return "\n".join([*lines, "---\n"])

@@ -29,18 +29,19 @@ logger = logging.getLogger("vit_linearizer")
 _WEIGHT_FILES = (".safetensors", ".pth", ".pt", ".bin", ".tar")
 
 
-def load(model: str | os.PathLike[str], **model_args: Any) -> nn.Module:
+def load(model: str | os.PathLike[str], *, architecture: str | None = None, **model_args: Any) -> nn.Module:
     """A trained model in evaluation mode, with its classifier where it has one.
 
     Args:
         model: a run folder (as ``timm.create_model("local-dir:RUN/model", pretrained=True)``), or anything that
             `open_model` takes; names mean their pretrained weights.
+        architecture: timm name that a weight file belongs to.
         **model_args: passed to ``timm.create_model``.
 
     Raises:
         UserError: there is no model of that name, or its weights cannot be had.
     """
-    return open_model(os.fspath(model), field="model", **model_args).eval()
+    return open_model(os.fspath(model), field="model", architecture=architecture, **model_args).eval()
 
 
 def model_folder(path: str | os.PathLike[str]) -> Path | None:
@@ -54,6 +55,15 @@ def model_folder(path: str | os.PathLike[str]) -> Path | None:
 def is_file_name(name: str) -> bool:
     """Whether a name is that of a weight file or of something on this disk, rather than a model's."""
     return Path(name).suffix in _WEIGHT_FILES or Path(name.removeprefix("local-dir:")).exists()
+
+
+def _is_source(name: str) -> bool:
+    """Whether a name brings its own weights: a file or folder, here or (a file) on the Hub."""
+    return is_file_name(name) or name.startswith("local-dir:") or _is_hub_file(name)
+
+
+def _is_hub_file(name: str) -> bool:
+    return name.startswith("hf-hub:") and (name.count("/") > 1 or name == f"hf-hub:{REPOSITORY}")
 
 
 def _has_weights(folder: Path) -> bool:
@@ -126,18 +136,30 @@ def open_model(
     Raises:
         UserError: unknown name, missing file, weights that do not fit, or no network to fetch them.
     """
-    timm_name, brings_weights, found = _resolve(name, field, architecture)
-    if pretrained and not brings_weights and not _has_published_weights(timm_name):
-        logger.warning("%s has no published weights: it is random, good for trying things out", name)
-        pretrained = False
-    if not (pretrained or brings_weights):
+    timm_name, found, note = _resolve(name, field, architecture)
+    if note and "flip" not in model_args:
+        logger.warning("%s", note)
+    if not (pretrained or _is_source(name)):
         return _create(name, field, timm_name, False, {**found, **model_args})
+    if not has_weights(name):
+        remedy = (
+            f"has no published weights; give a file or a run, or {_flag(field, 'pretrained', no=True)} for random weights"
+        )
+        raise UserError(field, name, remedy)
     # Asked for another number of classes at once, timm would load leniently: the head changes afterwards.
     classes = model_args.pop("num_classes", None)
     model: Any = _create(name, field, timm_name, True, {**found, **model_args})
     if classes is not None and classes != model.num_classes:
         model.reset_classifier(classes)
     return model
+
+
+def has_weights(name: str) -> bool:
+    """Whether there are weights behind a name that `open_model` takes; a bare architecture has none."""
+    if _is_source(name) or name.startswith("hf-hub:"):
+        return True
+    config = timm.get_pretrained_cfg(name) if timm.is_model(name.partition(".")[0]) else None
+    return config is not None and config.has_weights
 
 
 def create_backbone(
@@ -148,13 +170,7 @@ def create_backbone(
     pretrained: bool = False,
     **model_args: Any,
 ) -> nn.Module:
-    """`open_model` without its classifier, random unless asked for otherwise; no weights to load is an error then."""
-    timm_name, brings_weights, _ = _resolve(name, field, architecture)
-    if pretrained and not brings_weights and not _has_published_weights(timm_name):
-        remedy = (
-            f"has no published weights; give a file or a run, or {_flag(field, 'pretrained', no=True)} for random weights"
-        )
-        raise UserError(field, name, remedy)
+    """`open_model` without its classifier, and random unless asked for otherwise."""
     model: Any = open_model(name, field=field, architecture=architecture, pretrained=pretrained, **model_args)
     model.reset_classifier(0)
     return model
@@ -162,30 +178,33 @@ def create_backbone(
 
 def probe_backbone(name: str, *, field: str, architecture: str | None = None, **model_args: Any) -> nn.Module:
     """`create_backbone` without weights or memory (on the meta device), to ask for sizes and to check a name early."""
-    timm_name, _, found = _resolve(name, field, architecture)
+    timm_name, found, _ = _resolve(name, field, architecture)
     return _create(name, field, timm_name, False, {**found, **model_args, "device": "meta"})
 
 
-def _resolve(name: str, field: str, architecture: str | None) -> tuple[str, bool, dict[str, Any]]:
-    """What timm calls it, whether it brings its own weights, and arguments that go with them."""
-    if name.startswith("hf-hub:") and (name.count("/") > 1 or name == f"hf-hub:{REPOSITORY}"):
+def _resolve(name: str, field: str, architecture: str | None) -> tuple[str, dict[str, Any], str | None]:
+    """What timm calls it, arguments that go with its weights, and what the user should know about them."""
+    if _is_hub_file(name):
         return _resolve_file(_fetch_file(name, field, architecture), name, field, architecture)
     path = Path(name.removeprefix("local-dir:"))
     if path.is_file():
         return _resolve_file(path, name, field, architecture)
+    if architecture is not None and path.suffix not in _WEIGHT_FILES:
+        remedy = f"is for weight files only; {name} says itself what it is"
+        raise UserError(_flag(field, "arch"), architecture, remedy)
     if path.is_dir() or name.startswith("local-dir:"):
         folder = model_folder(path)
         if folder is None:
             raise UserError(field, name, "no config.json with weights there; give a run folder or a timm model folder")
-        return f"local-dir:{folder}", True, {}
+        return f"local-dir:{folder}", {}, None
     if path.suffix in _WEIGHT_FILES:
         raise UserError(field, name, "no such file")
     if not name.startswith("hf-hub:"):
         _check_known(name, field)
-    return name, False, {}
+    return name, {}, None
 
 
-def _resolve_file(path: Path, name: str, field: str, architecture: str | None) -> tuple[str, bool, dict[str, Any]]:
+def _resolve_file(path: Path, name: str, field: str, architecture: str | None) -> tuple[str, dict[str, Any], str | None]:
     released = RELEASED.get(path.name)
     if architecture is None and released is None:
         remedy = f"is a weight file; name its architecture too: {_flag(field, 'arch')} vit_base_patch16_224"
@@ -194,6 +213,7 @@ def _resolve_file(path: Path, name: str, field: str, architecture: str | None) -
         _check_known(architecture, _flag(field, "arch"))
     state_dict = _read_file(path, name, field)
     model_args: dict[str, Any] = {}
+    note = None
     if released is not None and (architecture is None or architecture.startswith("adventurer_")):
         if not released.fits(state_dict):
             remedy = (
@@ -202,17 +222,18 @@ def _resolve_file(path: Path, name: str, field: str, architecture: str | None) -
             raise UserError(field, name, remedy)
         model_args = {**released.model_args} if architecture in (None, released.architecture) else {"flip": "released"}
         architecture = architecture or released.architecture
-        logger.warning(
-            "%s: taken for the published weights of that name, with flip=released; if it is yours, %s flip=alternate",
-            path.name, _flag(field, "args"),
-        )  # fmt: skip
+        note = f"{path.name}: taken for the published weights of that name, with flip=released; if it is yours, "
+        note += f"{_flag(field, 'args')} flip=alternate"
+    elif architecture is not None and architecture.startswith("adventurer_"):
+        note = f"{path.name}: a weight file does not say which blocks flip; flip=alternate is assumed "
+        note += f"(the published weights need {_flag(field, 'args')} flip=released)"
     assert architecture is not None
     classifier = timm.models.get_pretrained_cfg_value(architecture, "classifier")
     weight = state_dict.get(f"{classifier[0] if isinstance(classifier, tuple | list) else classifier}.weight")
     # Asked for another number of classes than the file has, timm would load leniently.
     classes = weight.shape[0] if weight is not None and weight.ndim else 0
     overlay = {"file": str(path), "num_classes": classes}
-    return architecture, True, {"pretrained_cfg_overlay": overlay, "num_classes": classes, **model_args}
+    return architecture, {"pretrained_cfg_overlay": overlay, "num_classes": classes, **model_args}, note
 
 
 def _read_file(path: Path, name: str, field: str) -> dict[str, Any]:
@@ -234,13 +255,6 @@ def _fetch_file(name: str, field: str, architecture: str | None) -> Path:
     except Exception as error:  # the hub client has no common base class for being offline
         remedy = f"could not be fetched ({type(error).__name__}); without network, give the file itself"
         raise UserError(field, name, remedy) from error
-
-
-def _has_published_weights(timm_name: str) -> bool:
-    if timm_name.startswith("hf-hub:"):
-        return True
-    config = timm.get_pretrained_cfg(timm_name)
-    return config is not None and config.has_weights
 
 
 def _create(name: str, field: str, timm_name: str, pretrained: bool, model_args: dict[str, Any]) -> nn.Module:

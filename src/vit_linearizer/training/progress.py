@@ -25,9 +25,17 @@ _WAIT_WORTH_A_HINT = 0.1
 def show_messages() -> None:
     """Let the package's messages be seen: on the console, unless the caller has set up logging of their own."""
     if not logger.handlers and not logging.getLogger().handlers:
-        logger.addHandler(RichHandler(console=console, show_time=False, show_level=False, show_path=False))
+        rich = RichHandler(console=console, show_time=False, show_level=False, show_path=False)
+        logger.addHandler(rich if console.is_terminal else _PlainHandler())
     if logger.level == logging.NOTSET:
         logger.setLevel(logging.INFO)
+
+
+class _PlainHandler(logging.Handler):
+    """One line a message, for files and pipes: a terminal's width means nothing there."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        console.print(self.format(record), soft_wrap=True, markup=False, highlight=False)
 
 
 class ProgressLine:
