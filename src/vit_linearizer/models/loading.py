@@ -130,11 +130,11 @@ def open_model(
             ``architecture``, unless it is one of the published ones (`released.RELEASED`).
         field: the flag that this name came from, for messages.
         architecture: timm name that a weight file belongs to.
-        pretrained: load weights; folders and files always do, and a name without published weights never does.
+        pretrained: load weights; folders and files always do.
         **model_args: passed to ``timm.create_model``.
 
     Raises:
-        UserError: unknown name, missing file, weights that do not fit, or no network to fetch them.
+        UserError: unknown name, no weights behind it, missing file, weights that do not fit, or no network to fetch them.
     """
     timm_name, found, note = _resolve(name, field, architecture)
     if note and "flip" not in model_args:
@@ -222,11 +222,11 @@ def _resolve_file(path: Path, name: str, field: str, architecture: str | None) -
             raise UserError(field, name, remedy)
         model_args = {**released.model_args} if architecture in (None, released.architecture) else {"flip": "released"}
         architecture = architecture or released.architecture
-        note = f"{path.name}: taken for the published weights of that name, with flip=released; if it is yours, "
-        note += f"{_flag(field, 'args')} flip=alternate"
+        note = f"{path.name}: taken for the published weights of that name, with flip=released; "
+        note += "if it is yours, name its rule among the model's arguments (flip=alternate)"
     elif architecture is not None and architecture.startswith("adventurer_"):
-        note = f"{path.name}: a weight file does not say which blocks flip; flip=alternate is assumed "
-        note += f"(the published weights need {_flag(field, 'args')} flip=released)"
+        note = f"{path.name}: a weight file does not say which blocks flip; flip=alternate is assumed, "
+        note += "published weights need flip=released among the model's arguments"
     assert architecture is not None
     classifier = timm.models.get_pretrained_cfg_value(architecture, "classifier")
     weight = state_dict.get(f"{classifier[0] if isinstance(classifier, tuple | list) else classifier}.weight")
