@@ -1,6 +1,7 @@
 """``export``: what the files hold and give, replayed by the runtimes themselves, at sizes other than the recorded one."""
 
 import json
+import re
 import zipfile
 
 import numpy as np
@@ -167,6 +168,19 @@ def test_onnx_and_its_card_say_what_to_put_in(export_of, facts, request):
     assert "| opset | " in card
     assert "| largest relative difference to PyTorch at 1x64x64 | " in card
     assert str(file.parent) not in card
+
+
+def test_free_axes_have_names(free_onnx, fixed_onnx):
+    def axes(file):
+        graph = onnx.load(file).graph
+        ends = [*graph.input, *graph.output]
+        return {end.name: [d.dim_param or d.dim_value for d in end.type.tensor_type.shape.dim] for end in ends}
+
+    free = axes(free_onnx)
+    assert free["images"] == ["batch", 3, "height", "width"]
+    assert free["logits"][0] == free["dense"][0] == "batch"
+    assert re.fullmatch(r"height/\d+ width/\d+", " ".join(free["dense"][2:]))
+    assert axes(fixed_onnx)["images"] == ["batch", 3, 64, 64]
 
 
 def test_the_differences_found_come_back_by_size(free_onnx, differences):

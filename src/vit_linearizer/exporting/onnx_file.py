@@ -4,6 +4,7 @@ import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.export import ExportedProgram
@@ -59,6 +60,7 @@ def write_onnx(
     if domains - {"", "ai.onnx"}:
         raise RuntimeError(f"the ONNX program holds operators of {', '.join(sorted(domains))}")
     translated.model.metadata_props.update(metadata)
+    _name_axes(translated.model)
     weights = sum(t.numel() * t.element_size() for t in program.state_dict().values())
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=path.name) as folder:
         fresh = Path(folder) / path.name
@@ -69,6 +71,27 @@ def write_onnx(
         for file in sorted(Path(folder).iterdir(), key=lambda file: file.suffix == ".onnx"):  # the model itself last
             shutil.move(str(file), str(path.parent / file.name))
     return differences, translated.model.opset_imports[""]
+
+
+def _name_axes(model: Any) -> None:
+    """Call free axes batch, height and width at both ends of the program, instead of by torch's symbols.
+
+    Shapes in between go: they are written in those symbols, and every runtime infers them again.
+    """
+    names: dict[str, str] = {}
+    for axis, name in zip(model.graph.inputs[0].shape, ("batch", "channels", "height", "width"), strict=True):
+        if not isinstance(axis, int):
+            side, _, symbol = str(axis.value).rpartition("*")  # height and width are a patch side times a symbol
+            names |= {str(axis.value): name, symbol: f"{name}/{side}" if side else name}
+    ends = [*model.graph.inputs, *model.graph.outputs]
+    for value in ends:
+        value.shape = type(value.shape)(
+            [axis if isinstance(axis, int) else names.get(str(axis.value), str(axis.value)) for axis in value.shape]
+        )
+    for node in model.graph:
+        for output in node.outputs:
+            if not any(output is end for end in ends):
+                output.shape = None
 
 
 def _session(file: Path) -> Run:
