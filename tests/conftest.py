@@ -1,5 +1,6 @@
 """What several test files share: a folder of photographs, and a teacher small enough to train against in seconds."""
 
+import dataclasses
 import logging
 import os
 from pathlib import Path
@@ -17,6 +18,7 @@ from sklearn.datasets import load_sample_images
 
 from vit_linearizer.commands.distill import DistillConfig
 from vit_linearizer.models.loading import save_model_folder
+from vit_linearizer.models.released import RELEASED
 
 torch.set_num_threads(1)
 
@@ -75,3 +77,11 @@ def small_run(photos: Path, small_teacher: Path, tmp_path: Path):
         return DistillConfig(**{**settings, **values})
 
     return make
+
+
+@pytest.fixture
+def small(small_weights: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch) -> dict[str, torch.Tensor]:
+    """A test file's ``small_weights``, for which the table of published files is made to speak of 64x64 images."""
+    name = "adventurer_tiny_patch16_224.pth"
+    monkeypatch.setitem(RELEASED, name, dataclasses.replace(RELEASED[name], image_size=64))
+    return small_weights

@@ -1,7 +1,6 @@
 """The published Adventurer weights: names and numbers against an implementation written from the description alone."""
 
 import argparse
-import dataclasses
 import math
 import re
 
@@ -140,13 +139,6 @@ def tiny():
 @pytest.fixture(scope="module")
 def tiny_logits(tiny):
     return {flip: adventurer(tiny, images(224, 224), flip) for flip in FLIPS}
-
-
-@pytest.fixture
-def small(small_weights, monkeypatch):
-    """`small_weights`, for which the table of published files is made to speak of 64x64 images."""
-    monkeypatch.setitem(RELEASED, PUBLISHED, dataclasses.replace(RELEASED[PUBLISHED], image_size=64))
-    return small_weights
 
 
 @pytest.fixture(scope="module")

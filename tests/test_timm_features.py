@@ -4,19 +4,10 @@ import copy
 import itertools
 
 import pytest
-import timm
 import torch
 import torch.nn.functional as F
 
-
-def small(*, seed=0, **changes):
-    torch.manual_seed(seed)
-    shape = dict(embed_dim=64, depth=4, img_size=64, num_classes=7)
-    return timm.create_model("adventurer_tiny_patch16_224", **{**shape, **changes}).eval()
-
-
-def images(height=64, width=64, *, batch=2, channels=3):
-    return torch.randn(batch, channels, height, width, generator=torch.Generator().manual_seed(3))
+from small_models import images, small
 
 
 def block_outputs(model, x):

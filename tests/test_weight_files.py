@@ -1,6 +1,5 @@
 """Weight files from disk and from the Hub: where they come from, and how those that do not fit are refused."""
 
-import dataclasses
 import io
 import shutil
 import socket
@@ -17,18 +16,10 @@ from safetensors.torch import save_file
 from vit_linearizer import load
 from vit_linearizer.contracts import UserError
 from vit_linearizer.models.loading import open_model, save_model_folder
-from vit_linearizer.models.released import RELEASED
 
 TINY = "adventurer_tiny_patch16_224"
 PUBLISHED = f"{TINY}.pth"
 SMALL = {"embed_dim": 64, "depth": 3}
-
-
-@pytest.fixture
-def small(small_weights, monkeypatch):
-    """`small_weights`, for which the table of published files is made to speak of 64x64 images."""
-    monkeypatch.setitem(RELEASED, PUBLISHED, dataclasses.replace(RELEASED[PUBLISHED], image_size=64))
-    return small_weights
 
 
 @pytest.fixture(scope="module")
