@@ -6,18 +6,17 @@ Prints the median of each and their ratio, and the floor: the ratio of FLOPs in 
 """
 
 import argparse
-import platform
+import json
 import statistics
 import time
+from pathlib import Path
 
 import timm
 import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-import vit_linearizer
-
-assert vit_linearizer.__version__  # imported for the names it registers
+from vit_linearizer.benchmarking.record import describe_machine  # and the students' names for timm
 
 
 def step(model: torch.nn.Module, optimizer: torch.optim.Optimizer, images: torch.Tensor, labels: torch.Tensor) -> None:
@@ -49,13 +48,32 @@ def main() -> None:
             step(model, optimizers[name], images, labels)
             if repeat >= 2:  # warm
                 seconds[name].append(time.perf_counter() - started)
-    print(f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads, "
-          f"torch {torch.__version__}, {ARGUMENTS.precision}, width {ARGUMENTS.width}, {ARGUMENTS.depth} blocks, "
-          f"64 patches, batch {ARGUMENTS.batch_size}, median of {ARGUMENTS.repeats}")  # fmt: skip
-    for name, times in seconds.items():
-        print(f"{name:12s} {1e3 * statistics.median(times):8.1f} ms   ({1e3 * min(times):.1f} .. {1e3 * max(times):.1f})")
-    ratio = statistics.median(seconds["adventurer"]) / statistics.median(seconds["vit"])
-    print(f"ratio        {ratio:8.2f}      linear layers alone {flops['adventurer'] / flops['vit']:.2f}")
+    title = (
+        f"Training step, width {ARGUMENTS.width}, {ARGUMENTS.depth} blocks, 64 patches, batch {ARGUMENTS.batch_size}, "
+        f"{ARGUMENTS.precision}, median of {ARGUMENTS.repeats}"
+    )
+    medians = {name: statistics.median(times) for name, times in seconds.items()}
+    rows = [
+        {
+            "what": name,
+            "milliseconds": round(1e3 * median, 1),
+            "fastest": round(1e3 * min(seconds[name]), 1),
+            "slowest": round(1e3 * max(seconds[name]), 1),
+            "over the ViT": round(median / medians["vit"], 2),
+            "FLOPs of the linear layers over the ViT's": round(flops[name] / flops["vit"], 2),
+        }
+        for name, median in medians.items()
+    ]
+    print(title)
+    for row in rows:
+        print("  ".join(f"{key} {value}" for key, value in row.items()))
+    if ARGUMENTS.out:
+        command = (
+            f"python benchmarks/training_step.py --width {ARGUMENTS.width} --batch-size {ARGUMENTS.batch_size} "
+            f"--precision {ARGUMENTS.precision}"
+        )
+        content = {"title": title, "command": command, "machine": describe_machine(images.device), "rows": rows}
+        Path(ARGUMENTS.out).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
@@ -65,5 +83,6 @@ if __name__ == "__main__":
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
+    parser.add_argument("--out", help="also write the figures to this JSON file")
     ARGUMENTS = parser.parse_args()
     main()

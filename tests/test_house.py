@@ -16,8 +16,8 @@ ROOT = Path(vit_linearizer.__file__).parent
 SOURCES = sorted(ROOT.rglob("*.py"))
 #: A module may import from what stands to its left, or from its own package.
 ORDER = (
-    "contracts", "ops", "models", "objectives", "data", "evaluation", "tasks", "training", "recipes", "exporting",
-    "commands", "cli",
+    "contracts", "ops", "models", "objectives", "data", "evaluation", "tasks", "training", "recipes", "benchmarking",
+    "exporting", "commands", "cli",
 )  # fmt: skip
 #: They offer everything, or start it.
 EXEMPT = ("__init__", "__main__")

@@ -336,7 +336,17 @@ def test_position_embedding_resamples_the_patches_and_keeps_the_last_slot(old, n
 
 # --- what a graph sees ----------------------------------------------------------------------------------------------
 
-LEAVES = (ops.ssd, ops.causal_conv_silu, ops.rms_norm, ops.resample_position_embedding)
+LEAVES = (
+    ops.mixer_core,
+    ops.ssd,
+    ops.causal_conv_silu,
+    ops.rms_norm,
+    ops.silu_mul,
+    ops.linear,
+    ops.to_reading_order,
+    ops.add_from_reading_order,
+    ops.resample_position_embedding,
+)
 
 
 @pytest.mark.parametrize("leaf", LEAVES, ids=lambda leaf: leaf.__name__)
@@ -344,11 +354,11 @@ def test_operations_are_leaves_for_timm(leaf):
     assert leaf in get_notrace_functions()
 
 
-def test_fx_graph_shows_the_scan_as_one_node():
+def test_fx_graph_shows_the_mixers_core_as_one_node():
     model = timm.create_model("adventurer_tiny_patch16_224", img_size=32, embed_dim=32, depth=3, num_classes=0).eval()
     extractor = create_feature_extractor(model, ["layers.0", "layers.2"])
     calls = Counter(node.target for node in extractor.graph.nodes if node.op == "call_function")
-    assert calls[ops.ssd] == calls[ops.causal_conv_silu] == 3
+    assert calls[ops.mixer_core] == calls[ops.silu_mul] == calls[ops.to_reading_order] == 3
     images = torch.rand(1, 3, 32, 32)
     with torch.no_grad():
         traced = extractor(images)["layers.2"]

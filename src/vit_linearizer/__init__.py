@@ -12,6 +12,7 @@ from .contracts import UserError
 from .models.loading import load
 
 if TYPE_CHECKING:
+    from .commands.benchmark import BenchmarkConfig, benchmark
     from .commands.distill import DistillConfig, distill
     from .commands.doctor import DoctorConfig, doctor
     from .commands.embed import EmbedConfig, embed
@@ -22,11 +23,13 @@ __version__ = "0.1.0"
 
 #: Where the commands live; they are imported on first use, since training brings a good deal along.
 _COMMANDS = {
+    "BenchmarkConfig": "benchmark",
     "DistillConfig": "distill",
     "DoctorConfig": "doctor",
     "EmbedConfig": "embed",
     "ExportConfig": "export",
     "QuickstartConfig": "quickstart",
+    "benchmark": "benchmark",
     "distill": "distill",
     "doctor": "doctor",
     "embed": "embed",
@@ -35,12 +38,14 @@ _COMMANDS = {
 }
 
 __all__ = [
+    "BenchmarkConfig",
     "DistillConfig",
     "DoctorConfig",
     "EmbedConfig",
     "ExportConfig",
     "QuickstartConfig",
     "UserError",
+    "benchmark",
     "distill",
     "doctor",
     "embed",

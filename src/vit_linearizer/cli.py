@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from .commands.benchmark import BenchmarkConfig, benchmark
 from .commands.distill import DistillConfig, distill
 from .commands.doctor import DoctorConfig, doctor
 from .commands.embed import EmbedConfig, embed
@@ -20,6 +21,7 @@ COMMANDS: dict[type, Callable[[Any], Any]] = {
     DistillConfig: distill,
     ExportConfig: export,
     EmbedConfig: embed,
+    BenchmarkConfig: benchmark,
     QuickstartConfig: quickstart,
     DoctorConfig: doctor,
 }
@@ -28,6 +30,7 @@ _Command = (
     Annotated[DistillConfig, tyro.conf.subcommand("distill")]
     | Annotated[ExportConfig, tyro.conf.subcommand("export")]
     | Annotated[EmbedConfig, tyro.conf.subcommand("embed")]
+    | Annotated[BenchmarkConfig, tyro.conf.subcommand("benchmark")]
     | Annotated[QuickstartConfig, tyro.conf.subcommand("quickstart")]
     | Annotated[DoctorConfig, tyro.conf.subcommand("doctor")]
 )

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..ops import choose_scan
+from ..ops import choose_mixer
 from ..training.machine import choose_precision
 from ..training.progress import show_messages
 
@@ -60,7 +60,7 @@ def doctor(config: DoctorConfig) -> dict[str, str]:  # noqa: ARG001  # every com
         findings["mps"] = "available"
     findings["device"] = f"{device.type} (what --device auto takes)"
     findings["precision"] = "{}: {}".format(*choose_precision(device.type))
-    name, reason = choose_scan(device)
+    name, reason = choose_mixer(device)
     findings["scan"] = f"{name}: {reason}"
     for module, (extra, purpose) in _OPTIONAL.items():
         if importlib.util.find_spec(module):

@@ -13,11 +13,11 @@ from typing import Literal
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from timm.layers import DropPath
 from torch import Tensor
 
-from ..ops import Implementation
+from ..ops import Implementation, add_from_reading_order, silu_mul, to_reading_order
+from .linear import SEGMENT, Linear, prepared, segments, worth_cutting
 from .mamba2 import Mamba2, RMSNorm
 
 Flip = Literal["alternate", "released"]
@@ -36,12 +36,20 @@ class SwiGLU(nn.Module):
     def __init__(self, dim: int, hidden_dim: int, *, device=None, dtype=None):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
-        self.w1 = nn.Linear(dim, hidden_dim, **dd)
-        self.w2 = nn.Linear(dim, hidden_dim, **dd)
-        self.w3 = nn.Linear(hidden_dim, dim, **dd)
+        self.w1 = Linear(dim, hidden_dim, **dd)
+        self.w2 = Linear(dim, hidden_dim, **dd)
+        self.w3 = Linear(hidden_dim, dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.w3(F.silu(self.w1(x)) * self.w2(x))
+        """``[B, L, dim] -> [B, L, dim]``."""
+        if torch.jit.is_scripting():
+            return self.w3(silu_mul(self.w1(x), self.w2(x)))
+        else:
+            if worth_cutting(x):
+                w1, w2, w3 = (prepared(layer, SEGMENT) for layer in (self.w1, self.w2, self.w3))
+                parts = [x[:, start:stop] for start, stop in segments(x.shape[1])]
+                return torch.cat([w3(silu_mul(w1(part), w2(part))) for part in parts], dim=1)
+            return self.w3(silu_mul(self.w1(x), self.w2(x)))
 
 
 class AdventurerBlock(nn.Module):
@@ -73,16 +81,8 @@ class AdventurerBlock(nn.Module):
         self.mlp = SwiGLU(dim, int(mlp_ratio * dim), **dd)
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
-    def mix(self, u: Tensor) -> Tensor:
-        """The mixer in this block's reading order: ``[B, N + 1, D] -> [B, N + 1, D]``, class token last in both."""
-        patches, class_token = u[:, :-1], u[:, -1:]
-        if self.flip:
-            patches = patches.flip(1)
-        mixed = self.mixer(torch.cat([u.mean(dim=1, keepdim=True), patches, class_token], dim=1))
-        if self.flip:
-            return torch.cat([mixed[:, 1:-1].flip(1), mixed[:, -1:]], dim=1)
-        return mixed[:, 1:]
-
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.drop_path(self.mix(self.norm(x)))
+        """``[B, N + 1, D] -> [B, N + 1, D]``, class token last in both."""
+        mixed = self.mixer(to_reading_order(self.norm(x), self.flip))
+        x = add_from_reading_order(x, self.drop_path(mixed), self.flip)
         return x + self.drop_path(self.mlp(self.norm_mlp(x)))

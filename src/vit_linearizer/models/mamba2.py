@@ -8,10 +8,10 @@ import math
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from torch import Tensor
 
-from ..ops import Implementation, causal_conv_silu, rms_norm, ssd
+from ..ops import Implementation, mixer_carries_states, mixer_core, rms_norm
+from .linear import SEGMENT, Linear, prepared, segments, worth_cutting
 
 
 class RMSNorm(nn.Module):
@@ -71,13 +71,13 @@ class Mamba2(nn.Module):
             raise ValueError(f"inner width {self.inner_dim} (expand {expand} x dim {dim}) must be a multiple of {head_dim}")
         self.num_heads = self.inner_dim // head_dim
         conv_dim = self.inner_dim + 2 * state_dim
-        self.in_proj = nn.Linear(dim, self.inner_dim + conv_dim + self.num_heads, bias=False, **dd)
+        self.in_proj = Linear(dim, self.inner_dim + conv_dim + self.num_heads, bias=False, **dd)
         self.conv1d = nn.Conv1d(conv_dim, conv_dim, conv_width, groups=conv_dim, padding=conv_width - 1, **dd)
         self.dt_bias = nn.Parameter(torch.empty(self.num_heads, **dd))
         self.A_log = nn.Parameter(torch.empty(self.num_heads, **dd))
         self.D = nn.Parameter(torch.empty(self.num_heads, **dd))
         self.norm = RMSNorm(self.inner_dim, **dd)
-        self.out_proj = nn.Linear(self.inner_dim, dim, bias=False, **dd)
+        self.out_proj = Linear(self.inner_dim, dim, bias=False, **dd)
         self.init_weights()
 
     @torch.jit.ignore
@@ -94,13 +94,45 @@ class Mamba2(nn.Module):
 
     def forward(self, u: Tensor) -> Tensor:
         """``[B, L, dim] -> [B, L, dim]``; output t depends on inputs 0..t only."""
-        z, xBC, dt = self.in_proj(u).split([self.inner_dim, self.inner_dim + 2 * self.state_dim, self.num_heads], dim=-1)
-        xBC = causal_conv_silu(xBC, self.conv1d.weight, self.conv1d.bias)
-        x, B, C = xBC.split([self.inner_dim, self.state_dim, self.state_dim], dim=-1)
-        # Step sizes and decays stay in fp32 (or better): they are exponentiated over the whole sequence.
-        exact = torch.promote_types(dt.dtype, torch.float32)
-        dt = F.softplus(dt.to(exact) + self.dt_bias.to(exact))
-        A = -torch.exp(self.A_log.to(exact))
-        x = x.unflatten(-1, [self.num_heads, self.head_dim])
-        y = ssd(x, dt, A, B, C, self.D.to(exact), implementation=self.implementation)
-        return self.out_proj(self.norm(y.flatten(2), z))
+        if torch.jit.is_scripting():
+            return self.out_proj(self.core(self.in_proj(u)))
+        else:
+            if worth_cutting(u) and self._carries_states(u):
+                return self._in_segments(u)
+            return self.out_proj(self.core(self.in_proj(u)))
+
+    def core(self, zxbcdt: Tensor, state: Tensor | None = None, lead: int = 0) -> Tensor:
+        """All between the two linear layers; see `ops.mixer_core`."""
+        return mixer_core(
+            zxbcdt,
+            self.conv1d.weight,
+            self.conv1d.bias,
+            self.dt_bias,
+            self.A_log,
+            self.D,
+            self.norm.weight,
+            self.norm.eps,
+            self.state_dim,
+            self.head_dim,
+            self.implementation,
+            state,
+            lead,
+        )
+
+    @torch.jit.ignore
+    def _carries_states(self, u: Tensor) -> bool:
+        return mixer_carries_states(
+            u, self.conv1d.weight, self.conv1d.bias, self.state_dim, self.head_dim, self.implementation
+        )
+
+    @torch.jit.ignore
+    def _in_segments(self, u: Tensor) -> Tensor:
+        """`forward` of a long sequence part by part: what lies between the linear layers stays small and in the cache."""
+        seen = self.conv1d.kernel_size[0] - 1  # tokens that the convolution looks back at
+        state = u.new_zeros((u.shape[0], self.num_heads, self.state_dim, self.head_dim), dtype=torch.float32)
+        in_proj, out_proj = prepared(self.in_proj, SEGMENT), prepared(self.out_proj, SEGMENT)
+        parts = []
+        for start, stop in segments(u.shape[1]):
+            lead = min(start, seen)
+            parts.append(out_proj(self.core(in_proj(u[:, start - lead : stop]), state, lead)))
+        return torch.cat(parts, dim=1)

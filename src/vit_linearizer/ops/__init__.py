@@ -1,40 +1,144 @@
 """Pure functions on tensors, and the only place that chooses between their implementations.
 
-The scan, the convolution and the norms are leaves for FX (timm's ``register_notrace_function``): a graph shows them as
-single calls, whatever runs inside.
+The plain ones run on any device, forward and backward, and are what programs that leave PyTorch hold; `native` ones take
+over on a CPU. All but the products of matrices are leaves for FX (timm's ``register_notrace_function``):
+a graph shows them as single calls, whatever runs inside.
 """
 
 from typing import Literal, get_args
 
 import torch
+import torch.nn.functional as F
 from timm.layers import register_notrace_function
 from torch import Tensor
 
 from ..contracts import UserError, did_you_mean
+from . import mixer, native, norm, onednn, reading_order
 from .causal_conv import causal_conv_silu
 from .position_embedding import resample_position_embedding
-from .recording import exporting
-from .rms_norm import rms_norm
+from .recording import exporting, recording
 from .ssd_chunked import ssd_chunked, ssd_plain
 from .ssd_reference import ssd_reference
 
-Implementation = Literal["auto", "reference", "chunked"]
+Implementation = Literal["auto", "reference", "chunked", "native"]
 
 _SCANS = {"reference": ssd_reference, "chunked": ssd_chunked}
 
 
-def choose_scan(device: torch.device) -> tuple[str, str]:
-    """The scan that ``auto`` means on a device, and why.
+def choose_mixer(device: torch.device) -> tuple[str, str]:
+    """The mixer core that ``auto`` means on a device, and why.
 
     Returns:
         Name of the implementation and one line of reason, as ``doctor`` shows it.
     """
+    if device.type == "cpu":
+        there, reason = native.status()
+        if there:
+            return "native", f"C++ for this CPU: {reason}"
+        return "chunked", f"plain PyTorch; the native one is not here: {reason}"
     return "chunked", f"plain PyTorch batched matrix products; runs on any device, here {device.type}"
+
+
+def takes_native(implementation: str, x: Tensor) -> bool:
+    """Whether these activations go to native operators.
+
+    Raises:
+        UserError: ``native`` is asked for and not here.
+    """
+    if implementation == "native" and not native.available():
+        raise UserError("implementation", "native", f"not here: {native.status()[1]}")
+    return implementation in ("auto", "native") and native.serves(x)
+
+
+@register_notrace_function
+def mixer_core(
+    zxbcdt: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None,
+    dt_bias: Tensor,
+    A_log: Tensor,
+    D: Tensor,
+    norm_weight: Tensor,
+    eps: float,
+    state_dim: int,
+    head_dim: int,
+    implementation: str = "auto",
+    state: Tensor | None = None,
+    lead: int = 0,
+) -> Tensor:
+    """All of a Mamba-2 mixer between its two linear layers: convolution, scan, skip, gate and norm.
+
+    Source: Mamba-2 (arXiv 2405.21060); the equations stand in `ops.mixer`.
+
+    Args:
+        zxbcdt: ``[batch, L, columns]``, what ``in_proj`` gives: gate, x, B, C, dt.
+        conv_weight: ``[inner + 2 * state_dim, 1, width]``.
+        conv_bias: ``[inner + 2 * state_dim]``, or None.
+        dt_bias: ``[heads]``.
+        A_log: ``[heads]``.
+        D: ``[heads]``.
+        norm_weight: ``[inner]`` with inner = heads * ``head_dim``.
+        eps: of the norm.
+        state_dim: size of the state per channel.
+        head_dim: channels of a head.
+        implementation: ``auto`` for `choose_mixer`'s choice, or one by name, see `Implementation`; ``native`` differs from
+            ``auto`` in that it must be there.
+        state: natively and without gradients only, ``[batch, heads, state_dim, head_dim]`` fp32: the scan's state before
+            the first token and, written in place, after the last.
+        lead: likewise: so many first tokens are known to the convolution alone, and nothing comes out for them.
+
+    Returns:
+        ``[batch, L - lead, inner]`` in the dtype of ``zxbcdt``.
+
+    Raises:
+        UserError: there is no such implementation, or it is not here.
+    """
+    if torch.jit.is_scripting():
+        return _plain_mixer_core(
+            zxbcdt, conv_weight, conv_bias, dt_bias, A_log, D, norm_weight, eps, state_dim, head_dim, "chunked"
+        )
+    else:  # a branch that TorchScript leaves out
+        parameters = (conv_weight, conv_bias, dt_bias, A_log, D, norm_weight)
+        if mixer_carries_states(zxbcdt, conv_weight, conv_bias, state_dim, head_dim, implementation):
+            return native.mixer_core(zxbcdt, *parameters, eps, state=state, lead=lead)
+        if state is not None or lead:
+            raise UserError("implementation", implementation, "carries no state from call to call: only native does")
+        return _plain_mixer_core(zxbcdt, *parameters, eps, state_dim, head_dim, implementation)
+
+
+def mixer_carries_states(
+    x: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None,
+    state_dim: int,
+    head_dim: int,
+    implementation: str,
+) -> bool:
+    """Whether `mixer_core` runs natively for these, which is what can carry a state from call to call."""
+    return native.fits_mixer(conv_weight, conv_bias, state_dim, head_dim) and takes_native(implementation, x)
+
+
+def _plain_mixer_core(
+    zxbcdt: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None,
+    dt_bias: Tensor,
+    A_log: Tensor,
+    D: Tensor,
+    norm_weight: Tensor,
+    eps: float,
+    state_dim: int,
+    head_dim: int,
+    implementation: str,
+) -> Tensor:
+    z, x, dt, A, B, C = mixer.scan_inputs(zxbcdt, conv_weight, conv_bias, dt_bias, A_log, state_dim, head_dim)
+    y = ssd(x, dt, A, B, C, D.to(dt.dtype), implementation="auto" if implementation == "native" else implementation)
+    return rms_norm(y.flatten(2), norm_weight, eps, z)
 
 
 @register_notrace_function
 def ssd(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, implementation: str = "auto") -> Tensor:
-    """The Mamba-2 scan; shapes as in `ssd_reference`.
+    """The Mamba-2 scan alone; shapes as in `ssd_reference`.
 
     Programs that leave PyTorch (TorchScript, export) always get the plain form, whatever is installed or asked for.
 
@@ -45,7 +149,7 @@ def ssd(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, imple
         B: as there.
         C: as there.
         D: as there.
-        implementation: ``auto`` for `choose_scan`'s choice, or one by name, see `Implementation`.
+        implementation: ``auto`` (chunked) or ``reference`` or ``chunked``.
 
     Raises:
         UserError: there is no implementation of that name.
@@ -55,27 +159,100 @@ def ssd(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, imple
     else:  # a branch that TorchScript leaves out
         if exporting():
             return ssd_plain(x, dt, A, B, C, D, at_once=True)
-        return _dispatch(x, dt, A, B, C, D, implementation)
+        return _scan(x, dt, A, B, C, D, implementation)
 
 
-def _dispatch(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, implementation: str) -> Tensor:
-    name = choose_scan(x.device)[0] if implementation == "auto" else implementation
+def _scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, implementation: str) -> Tensor:
+    name = "chunked" if implementation == "auto" else implementation
     if name not in _SCANS:
         known = get_args(Implementation)
         raise UserError("implementation", name, f"choose from {', '.join(known)}{did_you_mean(name, known)}")
     return _SCANS[name](x, dt, A, B, C, D)
 
 
-for _leaf in (causal_conv_silu, rms_norm, resample_position_embedding):
+@register_notrace_function
+def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5, gate: Tensor | None = None) -> Tensor:
+    """Normalise the last dimension by its root mean square, in fp32 or better; the equation stands in `ops.norm`.
+
+    Args:
+        x: ``[..., D]``.
+        weight: ``[D]``.
+        eps: added to the mean square.
+        gate: ``[..., D]``; where given, ``x`` is first multiplied by ``SiLU(gate)``.
+
+    Returns:
+        ``[..., D]`` in the dtype of ``x``.
+    """
+    if torch.jit.is_scripting():
+        return norm.rms_norm(x, weight, eps, gate)
+    else:
+        if gate is None and native.serves_rows(x):
+            return native.rms_norm(x, weight, eps)
+        return norm.rms_norm(x, weight, eps, gate)
+
+
+@register_notrace_function
+def silu_mul(gate: Tensor, x: Tensor) -> Tensor:
+    """``SiLU(gate) * x``, the middle of SwiGLU; both of one shape."""
+    if torch.jit.is_scripting():
+        return F.silu(gate) * x
+    else:
+        if gate.dtype == x.dtype and native.serves_rows(gate, x):
+            return native.silu_mul(gate, x)
+        return F.silu(gate) * x
+
+
+@register_notrace_function
+def to_reading_order(x: Tensor, flip: bool) -> Tensor:
+    """``[B, N + 1, D] -> [B, N + 2, D]``: mean, patches (reversed with ``flip``), class token."""
+    if torch.jit.is_scripting():
+        return reading_order.to_reading_order(x, flip)
+    else:
+        if native.serves_rows(x):
+            return native.to_reading_order(x, flip)
+        return reading_order.to_reading_order(x, flip)
+
+
+@register_notrace_function
+def add_from_reading_order(x: Tensor, mixed: Tensor, flip: bool) -> Tensor:
+    """``x`` plus what a block made of `to_reading_order`'s tokens, each in its own place; shapes as there."""
+    if torch.jit.is_scripting():
+        return reading_order.add_from_reading_order(x, mixed, flip)
+    else:
+        if native.serves_rows(x, mixed):
+            return native.add_from_reading_order(x, mixed, flip)
+        return reading_order.add_from_reading_order(x, mixed, flip)
+
+
+@register_notrace_function
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``F.linear``, by whichever library multiplies fp32 matrices faster on this CPU."""
+    if torch.jit.is_scripting():
+        return F.linear(x, weight, bias)
+    else:
+        if not recording() and onednn.serves(x, weight, bias):
+            return onednn.onednn_linear(x, weight, bias)
+        return F.linear(x, weight, bias)
+
+
+for _leaf in (causal_conv_silu, resample_position_embedding):
     register_notrace_function(_leaf)
 
 __all__ = [
     "Implementation",
+    "add_from_reading_order",
     "causal_conv_silu",
-    "choose_scan",
+    "choose_mixer",
+    "linear",
+    "mixer_carries_states",
+    "mixer_core",
+    "onednn",
     "resample_position_embedding",
     "rms_norm",
+    "silu_mul",
     "ssd",
     "ssd_chunked",
     "ssd_reference",
+    "takes_native",
+    "to_reading_order",
 ]

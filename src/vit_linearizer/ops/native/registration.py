@@ -1,0 +1,159 @@
+"""What PyTorch has to know of the native operators besides how to run them: shapes (fakes), derivatives, FLOPs.
+
+With these, autograd, ``torch.compile`` and the FLOP counter treat them like any operator of PyTorch's own.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+#: As in mixer.h.
+_CHUNK, _STATE, _HEAD, _WIDTH = 64, 64, 64, 4
+_SHORT, _LONGEST = 5 * _CHUNK, 80
+
+_OPS = torch.ops.vit_linearizer_native
+
+
+def register() -> None:
+    """Called once, when the library has been loaded."""
+    _register_fakes()
+    _register_derivatives()
+    _register_flops()
+
+
+def chunk_of(length: int) -> int:
+    """Tokens of a chunk, as in mixer.h."""
+    if length > _SHORT:
+        return _CHUNK
+    count = (length + _LONGEST - 1) // _LONGEST
+    return (length + count - 1) // count
+
+
+def _register_fakes() -> None:
+    def fake(name: str) -> Any:
+        return torch.library.register_fake(f"vit_linearizer_native::{name}")
+
+    @fake("mixer_core")
+    def _(zxbcdt, conv_weight, conv_bias, dt_bias, A_log, D, norm_weight, eps, state, lead):
+        return zxbcdt.new_empty((zxbcdt.shape[0], zxbcdt.shape[1] - lead, norm_weight.shape[0]))
+
+    @fake("mixer_core_keeping")
+    def _(zxbcdt, conv_weight, conv_bias, dt_bias, A_log, D, norm_weight, eps):
+        batch, length = zxbcdt.shape[:2]
+        out = zxbcdt.new_empty((batch, length, norm_weight.shape[0]))
+        between = (length - 1) // chunk_of(length)
+        states = zxbcdt.new_empty((batch, between, D.shape[0], _STATE, _HEAD), dtype=torch.float32)
+        return out, torch.empty_like(out), states, zxbcdt.new_empty((batch, length), dtype=torch.float32)
+
+    @fake("mixer_core_backward")
+    def _(gout, zxbcdt, conv_weight, conv_bias, dt_bias, A_log, D, norm_weight, eps, out, y, states, scale):
+        parameters = (conv_weight, conv_bias, dt_bias, A_log, D, norm_weight)
+        return torch.empty_like(zxbcdt), *(torch.empty_like(p, dtype=torch.float32) for p in parameters)
+
+    @fake("rms_norm")
+    def _(x, weight, eps):
+        return torch.empty_like(x)
+
+    @fake("rms_norm_backward")
+    def _(gout, x, weight, eps):
+        return torch.empty_like(x), torch.empty_like(weight, dtype=torch.float32)
+
+    @fake("silu_mul")
+    def _(gate, x):
+        return torch.empty_like(gate)
+
+    @fake("silu_mul_backward")
+    def _(gout, gate, x):
+        return torch.empty_like(gate), torch.empty_like(x)
+
+    @fake("to_reading_order")
+    def _(x, flip):
+        return x.new_empty((x.shape[0], x.shape[1] + 1, x.shape[2]))
+
+    @fake("to_reading_order_backward")
+    def _(gout, flip):
+        return gout.new_empty((gout.shape[0], gout.shape[1] - 1, gout.shape[2]))
+
+    @fake("add_from_reading_order")
+    def _(x, mixed, flip):
+        return torch.empty_like(x, dtype=torch.promote_types(x.dtype, mixed.dtype))
+
+    @fake("add_from_reading_order_backward")
+    def _(gout, flip):
+        return gout.new_empty((gout.shape[0], gout.shape[1] + 1, gout.shape[2]))
+
+
+def _register_derivatives() -> None:
+    def derivative(name: str, backward: Any, setup_context: Any) -> None:
+        torch.library.register_autograd(f"vit_linearizer_native::{name}", backward, setup_context=setup_context)
+
+    def save_mixer(ctx: Any, inputs: tuple, output: tuple) -> None:
+        *tensors, ctx.eps = inputs
+        ctx.save_for_backward(*tensors, *output)
+        ctx.mark_non_differentiable(*output[1:])
+
+    def mixer_backward(ctx: Any, gout: Tensor, *_: Any) -> tuple:
+        tensors = ctx.saved_tensors
+        inputs, kept = tensors[:7], tensors[7:]
+        gradients = _OPS.mixer_core_backward(gout, *inputs, ctx.eps, *kept)
+        return *(g.to(t.dtype) for g, t in zip(gradients, inputs, strict=True)), None
+
+    def save_norm(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        x, weight, ctx.eps = inputs
+        ctx.save_for_backward(x, weight)
+
+    def norm_backward(ctx: Any, gout: Tensor) -> tuple:
+        x, weight = ctx.saved_tensors
+        gx, gweight = _OPS.rms_norm_backward(gout, x, weight, ctx.eps)
+        return gx, gweight.to(weight.dtype), None
+
+    def save_gate(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    def gate_backward(ctx: Any, gout: Tensor) -> tuple:
+        return _OPS.silu_mul_backward(gout, *ctx.saved_tensors)
+
+    def save_order(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        (_, ctx.flip) = inputs
+
+    def order_backward(ctx: Any, gout: Tensor) -> tuple:
+        return _OPS.to_reading_order_backward(gout.contiguous(), ctx.flip), None
+
+    def save_sum(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        x, mixed, ctx.flip = inputs
+        ctx.dtypes = x.dtype, mixed.dtype
+
+    def sum_backward(ctx: Any, gout: Tensor) -> tuple:
+        x_dtype, mixed_dtype = ctx.dtypes
+        gmixed = _OPS.add_from_reading_order_backward(gout.to(mixed_dtype).contiguous(), ctx.flip)
+        return gout.to(x_dtype), gmixed, None
+
+    derivative("mixer_core_keeping", mixer_backward, save_mixer)
+    derivative("rms_norm", norm_backward, save_norm)
+    derivative("silu_mul", gate_backward, save_gate)
+    derivative("to_reading_order", order_backward, save_order)
+    derivative("add_from_reading_order", sum_backward, save_sum)
+
+
+def _register_flops() -> None:
+    """Convolution and small products, as the counter counts them on the plain path."""
+
+    def forward(zxbcdt: Any, conv_weight: Any, heads: int, lead: int = 0) -> int:
+        tokens = zxbcdt[0] * (zxbcdt[1] - lead)
+        chunk = chunk_of(zxbcdt[1] - lead)
+        products = 2 * chunk * _STATE + heads * 2 * _HEAD * (chunk + 2 * _STATE)
+        return tokens * (products + 2 * _WIDTH * conv_weight[0])
+
+    @register_flop_formula(_OPS.mixer_core)
+    def _(zxbcdt, conv_weight, conv_bias, dt_bias, A_log, D, norm_weight, eps, state, lead, **kwargs):
+        return forward(zxbcdt, conv_weight, D[0], lead)
+
+    @register_flop_formula(_OPS.mixer_core_keeping)
+    def _(zxbcdt, conv_weight, conv_bias, dt_bias, A_log, D, norm_weight, eps, **kwargs):
+        return forward(zxbcdt, conv_weight, D[0])
+
+    @register_flop_formula(_OPS.mixer_core_backward)
+    def _(gout, zxbcdt, conv_weight, conv_bias, dt_bias, A_log, D, *others, **kwargs):
+        return 2 * forward(zxbcdt, conv_weight, D[0])
