@@ -231,7 +231,7 @@ def test_every_documented_command_runs(line: str, photos: Path, small_teacher: P
     """With the placeholders filled in; a distillation keeps its flags and is made small."""
     monkeypatch.chdir(tmp_path)
     words = shlex.split(line)[1:]
-    if words[0] == "quickstart":
+    if words[0] in ("quickstart", "benchmark"):
         words += ["--smoke"]
     if words[0] in ("embed", "export"):
         shape = dict(img_size=32, patch_size=8, embed_dim=32, depth=4, num_classes=0)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..ops import choose_mixer
+from ..ops import choose_mixer, native
 from ..training.machine import choose_precision
 from ..training.progress import show_messages
 
@@ -60,6 +60,8 @@ def doctor(config: DoctorConfig) -> dict[str, str]:  # noqa: ARG001  # every com
         findings["mps"] = "available"
     findings["device"] = f"{device.type} (what --device auto takes)"
     findings["precision"] = "{}: {}".format(*choose_precision(device.type))
+    if device.type == "cpu":
+        native.status(retry=True)  # whoever runs this may just have mended what was wrong
     name, reason = choose_mixer(device)
     findings["scan"] = f"{name}: {reason}"
     for module, (extra, purpose) in _OPTIONAL.items():

@@ -1,12 +1,14 @@
 """``quickstart``: the whole story on handwritten digits, on two CPU cores, without network.
 
 A small ViT is trained on labels, a small Adventurer is distilled from it without labels, and both are judged on digits that
-nothing was trained or tuned on, beside the same student untrained and the same student trained by plain regression.
+nothing was trained or tuned on, beside the same student untrained and the same student trained by plain regression. Then
+both are timed on larger and larger images.
 """
 
 import json
 import logging
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,7 @@ from ..training.loop import train
 from ..training.machine import make_accelerator
 from ..training.progress import console, show_messages
 from ..training.run_folder import RunFolder, write_atomically
+from .benchmark import BenchmarkConfig, benchmark
 from .distill import DistillConfig, distill
 
 logger = logging.getLogger("vit_linearizer")
@@ -40,6 +43,8 @@ _SHAPE = dict(img_size=_SIZE, patch_size=4, embed_dim=96, depth=4)
 _SMOKE_SHAPE = dict(img_size=_SIZE, patch_size=8, embed_dim=32, depth=4)
 _STUDENT = "adventurer_tiny_patch16_224"
 _ROWS = ("teacher", "distilled", "untrained", "regression")
+#: With patches of 4: 256 to 16,384 tokens.
+_LARGER_SIZES = ("64", "128", "256", "512")
 _COLUMNS = {"top1": "top-1", "knn": "kNN", "linear_probe": "linear probe", "few_shot": "5 labels a class"}
 
 
@@ -48,7 +53,7 @@ class QuickstartConfig:
     """Train a small ViT on digits, distil it without labels, and compare.
 
     Attributes:
-        out: folder for the runs and quickstart.json.
+        out: folder for the runs, quickstart.json and benchmark.json, .md and .png.
         seed: of everything random.
         smoke: one epoch with tiny models, to see that everything runs.
         debug: show the traceback of an error.
@@ -105,8 +110,21 @@ def quickstart(config: QuickstartConfig) -> dict[str, dict[str, float]]:
     for row, values in results.items():
         values["train_seconds"] = round(seconds[row], 1)
     write_atomically(out / "quickstart.json", json.dumps(results, indent=2) + "\n")
+    console.rule("speed and memory on larger images")
+    speed = benchmark(
+        BenchmarkConfig(
+            models=(str(teacher), str(out / "distilled")),
+            image_sizes=_LARGER_SIZES,
+            out=str(out),
+            repeats=3,
+            device="cpu",
+            precision=("fp32",),
+            smoke=config.smoke,
+        )
+    )
     console.print(_table(results))
     logger.info(_in_words(results))
+    logger.info(_speed_in_words(speed["rows"]))
     return results
 
 
@@ -193,3 +211,12 @@ def _in_words(results: dict[str, dict[str, float]]) -> str:
         f"The distilled student, which saw no label, stands at {against(teacher)} against its teacher, {against(untrained)} "
         f"against itself untrained, and {against(regression)} against plain feature regression."
     )
+
+
+def _speed_in_words(rows: Sequence[Mapping[str, Any]]) -> str:
+    """How the student stands to its teacher at the smallest and the largest size, whatever that is."""
+    said = []
+    for row in [row for row in rows if row.get("speedup")][:: max(1, len(_LARGER_SIZES) - 1)]:
+        (speedup,), (memory,) = row["speedup"].values(), row["memory_ratio"].values()
+        said.append(f"{speedup:.2f} times as fast with {memory:.2f} times the memory at {row['tokens']} tokens")
+    return f"On this machine it is {', '.join(said)} (benchmark.png)."

@@ -38,6 +38,7 @@ def worth_cutting(x: Tensor) -> bool:
         and x.shape[1] > SEGMENT * 3 // 2
         and x.device.type == "cpu"
         and not torch.is_grad_enabled()
+        and not (torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.float16)
         and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
     )

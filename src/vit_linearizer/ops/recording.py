@@ -27,3 +27,10 @@ def exporting() -> bool:
         if _COMPILING_IS_EXPORTING and torch.compiler.is_dynamo_compiling():
             return False
         return torch.compiler.is_exporting() or torch.jit.is_tracing()
+
+
+def transformed(x: torch.Tensor) -> bool:
+    """True under ``torch.func``'s transforms and forward-mode derivatives, which only PyTorch's own operators know."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch.autograd.forward_ad._current_level >= 0 or torch._C._functorch.is_functorch_wrapped_tensor(x)

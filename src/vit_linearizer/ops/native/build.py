@@ -34,6 +34,9 @@ _NATIVE = ("-march=native",) if platform.machine().lower() in ("x86_64", "amd64"
 _STALE_SECONDS = 3600.0
 
 
+_AGAIN = "(vit-linearizer doctor tries again)"
+
+
 class BuildError(Exception):
     """The library cannot be had here; the message is one line that says why."""
 
@@ -59,28 +62,38 @@ def load_library(architecture: Sequence[str] = _NATIVE, *, retry: bool = False) 
         BuildError: it cannot be built or loaded here.
     """
     flags = [*_FLAGS, *architecture]
-    file = cache_folder() / f"{_key(flags)}.so"
-    failed = file.with_suffix(".failed")
-    if not file.is_file():
-        if failed.is_file() and not retry:
-            raise BuildError(f"{failed.read_text(encoding='utf-8')} (vit-linearizer doctor tries again)")
+    try:
+        file = cache_folder() / f"{_key(flags)}.so"
+        failed = file.with_suffix(".failed")
+        if retry:
+            failed.unlink(missing_ok=True)
+        if file.is_file() and _loads(file, retry):
+            return file
+        if failed.is_file():
+            raise BuildError(f"{failed.read_text(encoding='utf-8')} {_AGAIN}")
         _require_compiler()
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            _build(file, flags)
-        except OSError as error:
-            raise BuildError(f"no library can be kept in {file.parent}: {error}") from error
-        except Exception as error:
-            reason = f"the build failed: {_first_error(str(error))}"
-            with contextlib.suppress(OSError):
-                failed.write_text(reason, encoding="utf-8")
-            raise BuildError(reason) from error
-        failed.unlink(missing_ok=True)
+        file.parent.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError) as error:  # no home, or not ours
+        raise BuildError(f"there is no folder to keep the library in: {error}; set TORCH_EXTENSIONS_DIR") from error
+    try:
+        _build_and_load(file, flags)
+    except Exception as error:
+        reason = f"the build failed: {_first_error(str(error))}"
+        with contextlib.suppress(OSError):
+            failed.write_text(reason, encoding="utf-8")
+        raise BuildError(reason) from error
+    return file
+
+
+def _loads(file: Path, retry: bool) -> bool:
+    """Load a library from the cache; with ``retry`` one that cannot be loaded makes way for a new one."""
     try:
         torch.ops.load_library(str(file))
     except OSError as error:
-        raise BuildError(f"{file} cannot be loaded: {error}") from error
-    return file
+        if not retry:
+            raise BuildError(f"{file} cannot be loaded: {error} {_AGAIN}") from error
+        return False
+    return True
 
 
 def _key(flags: Sequence[str]) -> str:
@@ -102,19 +115,21 @@ def _cpu_features() -> list[str]:
 
 
 def _require_compiler() -> None:
-    compiler = os.environ.get("CXX", "c++")
+    compiler = os.environ.get("CXX", "").strip() or "c++"
     if platform.system() == "Windows":
         raise BuildError("it needs GCC or Clang, which is not supported on Windows")
     if shutil.which(compiler.split()[0]) is None:
         raise BuildError(f"there is no C++ compiler ({compiler} is not on the PATH): install g++ or clang, or set CXX")
 
 
-def _build(file: Path, flags: Sequence[str]) -> None:
+def _build_and_load(file: Path, flags: Sequence[str]) -> None:
+    """Build aside and load from there; the cache gets the file for later processes."""
     logger.info("building the native CPU kernels, once for this machine (about half a minute)")
     started = time.perf_counter()
     for leftover in file.parent.glob("build-*"):
-        if time.time() - leftover.stat().st_mtime > _STALE_SECONDS:
-            shutil.rmtree(leftover, ignore_errors=True)
+        with contextlib.suppress(FileNotFoundError):  # another process was faster
+            if time.time() - leftover.stat().st_mtime > _STALE_SECONDS:
+                shutil.rmtree(leftover, ignore_errors=True)
     aside = Path(tempfile.mkdtemp(prefix="build-", dir=file.parent))
     try:
         with _quiet_extensions(), _ninja_on_path():
@@ -129,7 +144,7 @@ def _build(file: Path, flags: Sequence[str]) -> None:
                 is_python_module=False,
                 with_cuda=False,
             )
-        (aside / f"{_NAME}.so").replace(file)
+        next(aside.glob("*.so")).replace(file)  # a second build in one process gets another name
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     logger.info("built the native CPU kernels in %.0f s: %s", time.perf_counter() - started, file)
@@ -160,4 +175,6 @@ def _ninja_on_path() -> Iterator[None]:
 
 def _first_error(text: str) -> str:
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return next((line for line in lines if "error" in line.lower() and "Error building" not in line), lines[0])[:300]
+    return next(
+        (line for line in lines if "error" in line.lower() and "Error building" not in line), [*lines, "no message"][0]
+    )[:300]

@@ -16,19 +16,28 @@
 
 namespace vit_linearizer {
 
-static std::vector<float> floats(const at::Tensor& t, int64_t count, const char* name) {
-  TORCH_CHECK(t.numel() == count && t.device().is_cpu(), name, " must have ", count, " elements on the CPU");
-  at::Tensor copy = t.detach().to(at::kFloat).contiguous();
-  return {copy.const_data_ptr<float>(), copy.const_data_ptr<float>() + count};
+// `count` elements, `stride` apart, as floats.
+static std::vector<float> floats(const at::Tensor& t, int64_t count, const char* name, int64_t start = 0,
+                                 int64_t stride = 1) {
+  TORCH_CHECK(t.numel() >= start + (count - 1) * stride + 1 && t.device().is_cpu(), name, " is too small, or not on the CPU");
+  std::vector<float> values(count);
+  const at::Tensor flat = t.is_contiguous() ? t : t.contiguous();
+  if (flat.scalar_type() == at::kFloat) {
+    for (int64_t i = 0; i < count; i++) values[i] = flat.const_data_ptr<float>()[start + i * stride];
+  } else if (flat.scalar_type() == at::kBFloat16) {
+    for (int64_t i = 0; i < count; i++) values[i] = flat.const_data_ptr<BFloat16>()[start + i * stride];
+  } else {
+    return floats(flat.to(at::kFloat), count, name, start, stride);
+  }
+  return values;
 }
 
 Parameters read_parameters(const Sizes& sizes, const at::Tensor& conv_weight, const at::Tensor& conv_bias,
                            const at::Tensor& dt_bias, const at::Tensor& A_log, const at::Tensor& D,
                            const at::Tensor& norm_weight, double eps) {
   Parameters p;
-  at::Tensor taps = conv_weight.detach().reshape({sizes.conv(), -1});
-  TORCH_CHECK(taps.size(1) == kWidth, "the convolution must see ", kWidth, " tokens");
-  for (int s = 0; s < kWidth; s++) p.conv_weight[s] = floats(taps.select(1, s), sizes.conv(), "conv_weight");
+  TORCH_CHECK(conv_weight.numel() == sizes.conv() * kWidth, "the convolution must see ", kWidth, " tokens");
+  for (int s = 0; s < kWidth; s++) p.conv_weight[s] = floats(conv_weight, sizes.conv(), "conv_weight", s, kWidth);
   p.conv_bias = floats(conv_bias, sizes.conv(), "conv_bias");
   p.dt_bias = floats(dt_bias, sizes.heads, "dt_bias");
   p.A = floats(A_log, sizes.heads, "A_log");
@@ -248,15 +257,6 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> mixer_core_keeping(
   at::Tensor scale = at::empty({sizes.batch, sizes.length}, at::kFloat);
   run_by_type(p, sizes, zxbcdt, state.data_ptr<float>(), true, out, &y, &states, &scale);
   return {out, y, states, scale};
-}
-
-TORCH_LIBRARY(vit_linearizer_native, library) {
-  library.def(
-      "mixer_core(Tensor zxbcdt, Tensor conv_weight, Tensor conv_bias, Tensor dt_bias, Tensor A_log, Tensor D, "
-      "Tensor norm_weight, float eps, Tensor(a!)? state, int lead) -> Tensor");
-  library.def(
-      "mixer_core_keeping(Tensor zxbcdt, Tensor conv_weight, Tensor conv_bias, Tensor dt_bias, Tensor A_log, Tensor D, "
-      "Tensor norm_weight, float eps) -> (Tensor, Tensor, Tensor, Tensor)");
 }
 
 TORCH_LIBRARY_IMPL(vit_linearizer_native, CPU, library) {

@@ -118,11 +118,12 @@ void steps(const Parameters& p, const Sizes& sizes, const Rows<IO>& rows, int to
     for (int h = 0; h < heads; h++) raw[h * kChunk + i] = float(row[h]) + p.dt_bias[first + h];
   }
   for (int h = 0; h < heads; h++) {
-    float *r = raw + h * kChunk, *d = dt + h * kChunk, a = 0;
+    float *r = raw + h * kChunk, *d = dt + h * kChunk;
+    double a = 0;  // differences of these sums are what counts
     std::fill(r + tokens, r + kChunk, 0.0f);
     for (int i = 0; i < kChunk; i += kLanes) store(d + i, softplus(load(r + i)));
     std::fill(d + tokens, d + kChunk, 0.0f);
-    for (int i = 0; i < kChunk; i++) decay[h * kChunk + i] = a += d[i] * p.A[first + h];
+    for (int i = 0; i < kChunk; i++) decay[h * kChunk + i] = a += double(d[i]) * p.A[first + h];
   }
 }
 

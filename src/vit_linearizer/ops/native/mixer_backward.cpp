@@ -321,13 +321,6 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
 
 }  // namespace
 
-TORCH_LIBRARY_FRAGMENT(vit_linearizer_native, library) {
-  library.def(
-      "mixer_core_backward(Tensor gout, Tensor zxbcdt, Tensor conv_weight, Tensor conv_bias, Tensor dt_bias, Tensor A_log, "
-      "Tensor D, Tensor norm_weight, float eps, Tensor out, Tensor y, Tensor states, Tensor scale) "
-      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
-}
-
 TORCH_LIBRARY_IMPL(vit_linearizer_native, CPU, library) { library.impl("mixer_core_backward", &mixer_core_backward); }
 
 }  // namespace vit_linearizer

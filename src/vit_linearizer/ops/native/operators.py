@@ -3,16 +3,16 @@
 Nothing is packed or kept between calls, so there is no copy of a weight that could go stale.
 """
 
-import functools
 import logging
 import os
+import threading
 
 import torch
 from torch import Tensor
 
-from ..recording import exporting
+from ..recording import exporting, transformed
 from .build import BuildError, load_library
-from .registration import register
+from .registration import OPS
 
 logger = logging.getLogger("vit_linearizer")
 
@@ -23,21 +23,32 @@ CONV_WIDTH = 4
 #: Columns in which rows are worked on; a multiple of every machine's vector.
 _LANES = 16
 
-_OPS = torch.ops.vit_linearizer_native
+
+_lock = threading.Lock()
+_found: tuple[bool, str] | None = None
 
 
-@functools.cache
-def status(retry: bool = False) -> tuple[bool, str]:
-    """Whether the native library is here, building it if need be, and one line that says where or why not."""
+def status(*, retry: bool = False) -> tuple[bool, str]:
+    """Whether the native library is here, building it if need be, and one line that says where or why not.
+
+    Args:
+        retry: try again what failed before, in this process or another.
+    """
+    global _found
+    with _lock:
+        if _found is None or (retry and not _found[0]):
+            _found = _look_for_library(retry)
+        return _found
+
+
+def _look_for_library(retry: bool) -> tuple[bool, str]:
     if os.environ.get("VIT_LINEARIZER_NATIVE", "1") == "0":
         return False, "switched off by VIT_LINEARIZER_NATIVE=0"
     try:
-        file = load_library(retry=retry)
+        return True, str(load_library(retry=retry))
     except BuildError as error:
         logger.warning("no native CPU kernels, the plain path is slower: %s", error)
         return False, str(error)
-    register()
-    return True, str(file)
 
 
 @torch.compiler.assume_constant_result
@@ -52,6 +63,7 @@ def serves(*activations: Tensor) -> bool:
         all(x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16) for x in activations)
         and activations[0].numel() > 0
         and not exporting()
+        and not transformed(activations[0])
         and available()
     )
 
@@ -103,25 +115,25 @@ def mixer_core(
     """
     arguments = (zxbcdt.contiguous(), conv_weight, conv_bias, dt_bias, A_log, D, norm_weight)
     if wants_gradients(*arguments):
-        return _OPS.mixer_core_keeping(*arguments, eps)[0]
-    return _OPS.mixer_core(*arguments, eps, state, lead)
+        return OPS.mixer_core_keeping(*arguments, eps)[0]
+    return OPS.mixer_core(*arguments, eps, state, lead)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """`ops.rms_norm` without a gate, natively."""
-    return _OPS.rms_norm(x.contiguous(), weight, eps)
+    return OPS.rms_norm(x.contiguous(), weight, eps)
 
 
 def silu_mul(gate: Tensor, x: Tensor) -> Tensor:
     """`ops.silu_mul`, natively."""
-    return _OPS.silu_mul(gate.contiguous(), x.contiguous())
+    return OPS.silu_mul(gate.contiguous(), x.contiguous())
 
 
 def to_reading_order(x: Tensor, flip: bool) -> Tensor:
     """`ops.to_reading_order`, natively."""
-    return _OPS.to_reading_order(x.contiguous(), flip)
+    return OPS.to_reading_order(x.contiguous(), flip)
 
 
 def add_from_reading_order(x: Tensor, mixed: Tensor, flip: bool) -> Tensor:
     """`ops.add_from_reading_order`, natively."""
-    return _OPS.add_from_reading_order(x.contiguous(), mixed.contiguous(), flip)
+    return OPS.add_from_reading_order(x.contiguous(), mixed.contiguous(), flip)

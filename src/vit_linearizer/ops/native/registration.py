@@ -1,6 +1,7 @@
-"""What PyTorch has to know of the native operators besides how to run them: shapes (fakes), derivatives, FLOPs.
+"""The native operators as PyTorch knows them: schemas, shapes (fakes), derivatives, FLOPs. The library adds how to run them.
 
-With these, autograd, ``torch.compile`` and the FLOP counter treat them like any operator of PyTorch's own.
+With these, autograd, ``torch.compile`` and the FLOP counter treat them like any operator of PyTorch's own, whether the
+library has been loaded yet or not.
 """
 
 from typing import Any
@@ -9,18 +10,34 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+_PARAMETERS = "Tensor conv_weight, Tensor conv_bias, Tensor dt_bias, Tensor A_log, Tensor D, Tensor norm_weight, float eps"
+_KEPT = "Tensor out, Tensor y, Tensor states, Tensor scale"
+_FOUR, _SEVEN = (f"({', '.join(['Tensor'] * count)})" for count in (4, 7))
+_SCHEMAS = (
+    f"mixer_core(Tensor zxbcdt, {_PARAMETERS}, Tensor(a!)? state, int lead) -> Tensor",
+    # what is in _KEPT
+    f"mixer_core_keeping(Tensor zxbcdt, {_PARAMETERS}) -> {_FOUR}",
+    # gradients of zxbcdt and, in fp32, of the parameters
+    f"mixer_core_backward(Tensor gout, Tensor zxbcdt, {_PARAMETERS}, {_KEPT}) -> {_SEVEN}",
+    "rms_norm(Tensor x, Tensor weight, float eps) -> Tensor",
+    "rms_norm_backward(Tensor gout, Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)",
+    "silu_mul(Tensor gate, Tensor x) -> Tensor",
+    "silu_mul_backward(Tensor gout, Tensor gate, Tensor x) -> (Tensor, Tensor)",
+    "to_reading_order(Tensor x, bool flip) -> Tensor",
+    "to_reading_order_backward(Tensor gout, bool flip) -> Tensor",
+    "add_from_reading_order(Tensor x, Tensor mixed, bool flip) -> Tensor",
+    "add_from_reading_order_backward(Tensor gout, bool flip) -> Tensor",
+)
+
 #: As in mixer.h.
 _CHUNK, _STATE, _HEAD, _WIDTH = 64, 64, 64, 4
 _SHORT, _LONGEST = 5 * _CHUNK, 80
 
-_OPS = torch.ops.vit_linearizer_native
+_LIBRARY = torch.library.Library("vit_linearizer_native", "DEF")
+for _schema in _SCHEMAS:
+    _LIBRARY.define(_schema)
 
-
-def register() -> None:
-    """Called once, when the library has been loaded."""
-    _register_fakes()
-    _register_derivatives()
-    _register_flops()
+OPS = torch.ops.vit_linearizer_native
 
 
 def chunk_of(length: int) -> int:
@@ -97,7 +114,7 @@ def _register_derivatives() -> None:
     def mixer_backward(ctx: Any, gout: Tensor, *_: Any) -> tuple:
         tensors = ctx.saved_tensors
         inputs, kept = tensors[:7], tensors[7:]
-        gradients = _OPS.mixer_core_backward(gout, *inputs, ctx.eps, *kept)
+        gradients = OPS.mixer_core_backward(gout, *inputs, ctx.eps, *kept)
         return *(g.to(t.dtype) for g, t in zip(gradients, inputs, strict=True)), None
 
     def save_norm(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -106,20 +123,20 @@ def _register_derivatives() -> None:
 
     def norm_backward(ctx: Any, gout: Tensor) -> tuple:
         x, weight = ctx.saved_tensors
-        gx, gweight = _OPS.rms_norm_backward(gout, x, weight, ctx.eps)
+        gx, gweight = OPS.rms_norm_backward(gout, x, weight, ctx.eps)
         return gx, gweight.to(weight.dtype), None
 
     def save_gate(ctx: Any, inputs: tuple, output: Tensor) -> None:
         ctx.save_for_backward(*inputs)
 
     def gate_backward(ctx: Any, gout: Tensor) -> tuple:
-        return _OPS.silu_mul_backward(gout, *ctx.saved_tensors)
+        return OPS.silu_mul_backward(gout, *ctx.saved_tensors)
 
     def save_order(ctx: Any, inputs: tuple, output: Tensor) -> None:
         (_, ctx.flip) = inputs
 
     def order_backward(ctx: Any, gout: Tensor) -> tuple:
-        return _OPS.to_reading_order_backward(gout.contiguous(), ctx.flip), None
+        return OPS.to_reading_order_backward(gout.contiguous(), ctx.flip), None
 
     def save_sum(ctx: Any, inputs: tuple, output: Tensor) -> None:
         x, mixed, ctx.flip = inputs
@@ -127,7 +144,7 @@ def _register_derivatives() -> None:
 
     def sum_backward(ctx: Any, gout: Tensor) -> tuple:
         x_dtype, mixed_dtype = ctx.dtypes
-        gmixed = _OPS.add_from_reading_order_backward(gout.to(mixed_dtype).contiguous(), ctx.flip)
+        gmixed = OPS.add_from_reading_order_backward(gout.to(mixed_dtype).contiguous(), ctx.flip)
         return gout.to(x_dtype), gmixed, None
 
     derivative("mixer_core_keeping", mixer_backward, save_mixer)
@@ -146,14 +163,19 @@ def _register_flops() -> None:
         products = 2 * chunk * _STATE + heads * 2 * _HEAD * (chunk + 2 * _STATE)
         return tokens * (products + 2 * _WIDTH * conv_weight[0])
 
-    @register_flop_formula(_OPS.mixer_core)
+    @register_flop_formula(OPS.mixer_core)
     def _(zxbcdt, conv_weight, conv_bias, dt_bias, A_log, D, norm_weight, eps, state, lead, **kwargs):
         return forward(zxbcdt, conv_weight, D[0], lead)
 
-    @register_flop_formula(_OPS.mixer_core_keeping)
+    @register_flop_formula(OPS.mixer_core_keeping)
     def _(zxbcdt, conv_weight, conv_bias, dt_bias, A_log, D, norm_weight, eps, **kwargs):
         return forward(zxbcdt, conv_weight, D[0])
 
-    @register_flop_formula(_OPS.mixer_core_backward)
+    @register_flop_formula(OPS.mixer_core_backward)
     def _(gout, zxbcdt, conv_weight, conv_bias, dt_bias, A_log, D, *others, **kwargs):
         return 2 * forward(zxbcdt, conv_weight, D[0])
+
+
+_register_fakes()
+_register_derivatives()
+_register_flops()

@@ -233,17 +233,6 @@ at::Tensor add_from_reading_order_backward(const at::Tensor& gout, bool flip) {
 
 }  // namespace
 
-TORCH_LIBRARY_FRAGMENT(vit_linearizer_native, library) {
-  library.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");
-  library.def("rms_norm_backward(Tensor gout, Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)");
-  library.def("silu_mul(Tensor gate, Tensor x) -> Tensor");
-  library.def("silu_mul_backward(Tensor gout, Tensor gate, Tensor x) -> (Tensor, Tensor)");
-  library.def("to_reading_order(Tensor x, bool flip) -> Tensor");
-  library.def("to_reading_order_backward(Tensor gout, bool flip) -> Tensor");
-  library.def("add_from_reading_order(Tensor x, Tensor mixed, bool flip) -> Tensor");
-  library.def("add_from_reading_order_backward(Tensor gout, bool flip) -> Tensor");
-}
-
 TORCH_LIBRARY_IMPL(vit_linearizer_native, CPU, library) {
   library.impl("rms_norm", &rms_norm);
   library.impl("rms_norm_backward", &rms_norm_backward);
