@@ -24,12 +24,12 @@ from small_models import images, small
 from vit_linearizer import ops
 from vit_linearizer.commands.doctor import DoctorConfig, doctor
 from vit_linearizer.contracts import UserError
-from vit_linearizer.models.linear import segments, worth_cutting
+from vit_linearizer.models.long_sequences import goes_in_parts, segments
 from vit_linearizer.models.mamba2 import Mamba2
 from vit_linearizer.ops import native, onednn
 from vit_linearizer.ops.native import build, operators
 
-linear_module = importlib.import_module("vit_linearizer.models.linear")
+long_sequences = importlib.import_module("vit_linearizer.models.long_sequences")
 
 EPS = 1e-5
 LENGTHS = (1, 2, 3, 4, 5, 63, 64, 65, 127, 128, 129, 200)
@@ -292,7 +292,7 @@ def test_shapes_that_do_not_fit_are_refused(wrong):
 @pytest.mark.parametrize("segment", [1, 7, 1024])
 @pytest.mark.parametrize("length", [1, 2, 10, 11, 1535, 1536, 1537, 4000])
 def test_segments_cover_exactly_with_parts_of_nearly_one_size(monkeypatch, segment, length):
-    monkeypatch.setattr(linear_module, "SEGMENT", segment)
+    monkeypatch.setattr(long_sequences, "SEGMENT", segment)
     parts = segments(length)
     assert [t for start, stop in parts for t in range(start, stop)] == [*range(length)]
     sizes = {stop - start for start, stop in parts}
@@ -301,48 +301,67 @@ def test_segments_cover_exactly_with_parts_of_nearly_one_size(monkeypatch, segme
     assert len(parts) == 1 or min(sizes) >= segment * 2 // 3
 
 
-def test_only_long_sequences_on_a_cpu_without_gradients_are_cut(monkeypatch):
-    monkeypatch.setattr(linear_module, "SEGMENT", 16)
-    x = torch.zeros(1, 25, 4)
-    assert not worth_cutting(x)
+def test_only_long_sequences_on_a_cpu_in_evaluation_are_cut(monkeypatch):
+    monkeypatch.setattr(long_sequences, "SEGMENT", 16)
+    block, x = small(depth=1).layers[0], torch.zeros(1, 25, 32)
+    assert not goes_in_parts(block, x)
     with torch.no_grad():
-        assert worth_cutting(x)
-        assert not worth_cutting(x[:, :24])
-        assert not worth_cutting(x.to("meta"))
+        assert goes_in_parts(block, x)
+        assert not goes_in_parts(block, x[:, :24])
+        assert not goes_in_parts(block, x.to("meta"))
+        assert not goes_in_parts(block.train(), x)
+        block.eval()
+        for handle in (
+            block.mlp.w3.register_forward_hook(lambda *_: None),
+            block.mixer.register_forward_pre_hook(lambda *_: None),
+        ):
+            assert not goes_in_parts(block, x), "hooks are to see everything"
+            handle.remove()
+        assert goes_in_parts(block, x)
 
 
 @DTYPES
-@pytest.mark.parametrize("segment", [4, 10, 33])
+@pytest.mark.parametrize("segment", [1, 4, 10, 33])
 def test_long_sequences_pass_in_parts_as_in_one_go(monkeypatch, calls, segment, dtype):
     torch.manual_seed(0)
-    mixer, u = Mamba2(64).to(dtype), torch.randn(2, 101, 64).to(dtype)
     model, pictures = small(img_size=160).to(dtype), images(160, 160).to(dtype)
+    assert {block.flip for block in model.layers} == {False, True}
     with torch.inference_mode():
-        want = mixer(u), model(pictures)
+        want = model.forward_features(pictures)
         before = calls["mixer_core"]
-        monkeypatch.setattr(linear_module, "SEGMENT", segment)
-        got = mixer(u), model(pictures)
-    assert calls["mixer_core"] == before + len(segments(101)) + 4 * len(segments(102))
-    for g, w in zip(got, want, strict=True):
-        assert error(g, w.double()) < (2e-6 if dtype == torch.float32 else 0.02)
+        monkeypatch.setattr(long_sequences, "SEGMENT", segment)
+        got = model.forward_features(pictures)
+    assert calls["mixer_core"] == before + 4 * len(segments(100)) > before + 4
+    assert error(got, want.double()) < (2e-6 if dtype == torch.float32 else 0.02)
+    assert error(got[:, 0], want[:, 0].double()) < (2e-6 if dtype == torch.float32 else 0.03)
+
+
+def test_a_part_that_somebody_replaced_is_still_called(monkeypatch):
+    """As adapters do: a layer of another kind in the place of ours."""
+    model, pictures = small(img_size=160, depth=1), images(160, 160)
+    model.layers[0].mlp.w3 = torch.nn.Sequential(model.layers[0].mlp.w3, torch.nn.Tanh())
+    with torch.no_grad():
+        want = model(pictures)
+        monkeypatch.setattr(long_sequences, "SEGMENT", 16)
+        assert error(model(pictures), want.double()) < 2e-6
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_long_sequences_pass_in_parts_under_autocast(monkeypatch, dtype):
     torch.manual_seed(0)
-    mixer, u = Mamba2(64), torch.randn(2, 101, 64)
+    model, pictures = small(img_size=160), images(160, 160)
     with torch.no_grad(), torch.autocast("cpu", dtype=dtype):
-        want = mixer(u)
-        monkeypatch.setattr(linear_module, "SEGMENT", 16)
-        assert error(mixer(u), want.double()) < 0.01
+        want = model(pictures)
+        monkeypatch.setattr(long_sequences, "SEGMENT", 16)
+        assert error(model(pictures), want.double()) < 0.02
 
 
 def test_long_sequences_pass_in_one_go_where_the_library_is_missing(monkeypatch, plain):
-    mixer, u = Mamba2(64), torch.randn(2, 101, 64)
+    model, pictures = small(img_size=160), images(160, 160)
     with torch.no_grad():
-        want = mixer(u)
-        monkeypatch.setattr(linear_module, "SEGMENT", 16)
-        assert error(plain(mixer, u), want.double()) < 2e-6
+        want = model(pictures)
+        monkeypatch.setattr(long_sequences, "SEGMENT", 16)
+        assert error(plain(model, pictures), want.double()) < 2e-6
 
 
 # --- threads --------------------------------------------------------------------------------------------------------

@@ -16,9 +16,10 @@ import torch.nn as nn
 from timm.layers import DropPath
 from torch import Tensor
 
-from ..ops import Implementation, add_from_reading_order, silu_mul, to_reading_order
-from .linear import SEGMENT, Linear, prepared, segments, worth_cutting
+from ..ops import Implementation, add_from_reading_order, to_reading_order
+from .long_sequences import block_in_parts, goes_in_parts
 from .mamba2 import Mamba2, RMSNorm
+from .swiglu import SwiGLU
 
 Flip = Literal["alternate", "released"]
 
@@ -28,28 +29,6 @@ FLIP_RULES = {
     "alternate": lambda block: (block // 2) % 2 == 1,
     "released": lambda block: block // 2 == 1,
 }
-
-
-class SwiGLU(nn.Module):
-    """``w3(SiLU(w1 x) * w2 x)``."""
-
-    def __init__(self, dim: int, hidden_dim: int, *, device=None, dtype=None):
-        super().__init__()
-        dd = {"device": device, "dtype": dtype}
-        self.w1 = Linear(dim, hidden_dim, **dd)
-        self.w2 = Linear(dim, hidden_dim, **dd)
-        self.w3 = Linear(hidden_dim, dim, **dd)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``[B, L, dim] -> [B, L, dim]``."""
-        if torch.jit.is_scripting():
-            return self.w3(silu_mul(self.w1(x), self.w2(x)))
-        else:
-            if worth_cutting(x):
-                w1, w2, w3 = (prepared(layer, SEGMENT) for layer in (self.w1, self.w2, self.w3))
-                parts = [x[:, start:stop] for start, stop in segments(x.shape[1])]
-                return torch.cat([w3(silu_mul(w1(part), w2(part))) for part in parts], dim=1)
-            return self.w3(silu_mul(self.w1(x), self.w2(x)))
 
 
 class AdventurerBlock(nn.Module):
@@ -83,6 +62,13 @@ class AdventurerBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[B, N + 1, D] -> [B, N + 1, D]``, class token last in both."""
+        if torch.jit.is_scripting():
+            return self.in_one_go(x)
+        else:
+            return block_in_parts(self, x) if goes_in_parts(self, x) else self.in_one_go(x)
+
+    def in_one_go(self, x: Tensor) -> Tensor:
+        """`forward` as the paper says it."""
         mixed = self.mixer(to_reading_order(self.norm(x), self.flip))
         x = add_from_reading_order(x, self.drop_path(mixed), self.flip)
         return x + self.drop_path(self.mlp(self.norm_mlp(x)))

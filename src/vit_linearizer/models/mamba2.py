@@ -11,7 +11,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from ..ops import Implementation, mixer_carries_states, mixer_core, rms_norm
-from .linear import SEGMENT, Linear, prepared, segments, worth_cutting
+from .linear import Linear
 
 
 class RMSNorm(nn.Module):
@@ -94,12 +94,7 @@ class Mamba2(nn.Module):
 
     def forward(self, u: Tensor) -> Tensor:
         """``[B, L, dim] -> [B, L, dim]``; output t depends on inputs 0..t only."""
-        if torch.jit.is_scripting():
-            return self.out_proj(self.core(self.in_proj(u)))
-        else:
-            if worth_cutting(u) and self._carries_states(u):
-                return self._in_segments(u)
-            return self.out_proj(self.core(self.in_proj(u)))
+        return self.out_proj(self.core(self.in_proj(u)))
 
     def core(self, zxbcdt: Tensor, state: Tensor | None = None, lead: int = 0) -> Tensor:
         """All between the two linear layers; see `ops.mixer_core`."""
@@ -120,19 +115,8 @@ class Mamba2(nn.Module):
         )
 
     @torch.jit.ignore
-    def _carries_states(self, u: Tensor) -> bool:
+    def carries_states(self, u: Tensor) -> bool:
+        """Whether `core` can take a sequence like this in parts."""
         return mixer_carries_states(
             u, self.conv1d.weight, self.conv1d.bias, self.state_dim, self.head_dim, self.implementation
         )
-
-    @torch.jit.ignore
-    def _in_segments(self, u: Tensor) -> Tensor:
-        """`forward` of a long sequence part by part: what lies between the linear layers stays small and in the cache."""
-        seen = self.conv1d.kernel_size[0] - 1  # tokens that the convolution looks back at
-        state = u.new_zeros((u.shape[0], self.num_heads, self.state_dim, self.head_dim), dtype=torch.float32)
-        in_proj, out_proj = prepared(self.in_proj, SEGMENT), prepared(self.out_proj, SEGMENT)
-        parts = []
-        for start, stop in segments(u.shape[1]):
-            lead = min(start, seen)
-            parts.append(out_proj(self.core(in_proj(u[:, start - lead : stop]), state, lead)))
-        return torch.cat(parts, dim=1)

@@ -1,0 +1,96 @@
+"""A block of Adventurer over a long sequence, part by part: on a CPU, in evaluation, without gradients.
+
+What lies between two linear layers stays in the cache, and nothing as long as the sequence is held but the sequence
+itself. It must equal the block in one go (`AdventurerBlock.in_one_go`). Parts follow each other in reading order; the mixer
+hands the state of its scan from one to the next.
+"""
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.fx
+from torch import Tensor
+
+from ..ops import silu_mul
+from .linear import prepared
+from .mamba2 import Mamba2
+from .swiglu import SwiGLU
+
+#: Tokens of a part: few enough for the cache, many enough that reading all weights for them is nothing.
+SEGMENT = 1024
+
+
+def goes_in_parts(block: Any, x: Tensor) -> bool:
+    """Whether `block_in_parts` may take ``[B, L, D]``, and pays. Somebody who hooks into a block wants it in one go."""
+    return (
+        not isinstance(x, torch.fx.Proxy)
+        and x.shape[1] > SEGMENT * 3 // 2
+        and x.device.type == "cpu"
+        and not (torch.is_grad_enabled() or block.training)
+        and not (torch.compiler.is_compiling() or torch.jit.is_tracing())
+        and not (torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.float16)
+        and isinstance(block.mixer, Mamba2)
+        and isinstance(block.mlp, SwiGLU)
+        and block.mixer.carries_states(x)
+        and not any(m._forward_hooks or m._forward_pre_hooks for m in block.modules() if m is not block)
+    )
+
+
+def segments(length: int) -> list[tuple[int, int]]:
+    """Start and stop of parts of nearly equal length, about `SEGMENT` each."""
+    count = max(1, round(length / SEGMENT))
+    bounds = [length * k // count for k in range(count + 1)]
+    return list(itertools.pairwise(bounds))
+
+
+def block_in_parts(block: Any, x: Tensor) -> Tensor:
+    """``[B, N + 1, D] -> [B, N + 1, D]``, class token last in both."""
+    patches = x.shape[1] - 1
+    total = sum(block.norm(x[:, start:stop]).sum(1, dtype=torch.float32) for start, stop in segments(x.shape[1]))
+    heading = (total / x.shape[1]).to(x.dtype).unsqueeze(1)
+    mixer, mlp = _MixerInParts(block.mixer, x), _prepared_mlp(block.mlp)
+    out = torch.empty_like(x)
+    for start, stop in segments(patches):
+        rows = slice(patches - stop, patches - start) if block.flip else slice(start, stop)
+        u = block.norm(x[:, rows])
+        tokens = [u.flip(1) if block.flip else u]
+        first, last = start == 0, stop == patches
+        if first:
+            tokens.insert(0, heading)
+        if last:
+            tokens.append(block.norm(x[:, -1:]))
+        mixed = mixer(torch.cat(tokens, dim=1))
+        mixed, class_token = mixed[:, int(first) :], mixed[:, -1:]
+        own = mixed[:, : stop - start]
+        y = x[:, rows] + (own.flip(1) if block.flip else own)
+        if last:
+            y = torch.cat([y, x[:, -1:] + class_token], dim=1)
+        y += mlp(block.norm_mlp(y))
+        out[:, rows] = y[:, : stop - start]
+        if last:
+            out[:, -1:] = y[:, -1:]
+    return out
+
+
+class _MixerInParts:
+    """A mixer for the parts of one batch of sequences, first to last."""
+
+    def __init__(self, mixer: Mamba2, like: Tensor):
+        self.mixer = mixer
+        self.in_proj, self.out_proj = prepared(mixer.in_proj, SEGMENT), prepared(mixer.out_proj, SEGMENT)
+        self.state = like.new_zeros((like.shape[0], mixer.num_heads, mixer.state_dim, mixer.head_dim), dtype=torch.float32)
+        self.before = like[:, :0]  # tokens that the convolution looks back at
+
+    def __call__(self, u: Tensor) -> Tensor:
+        lead, seen = self.before.shape[1], self.mixer.conv1d.kernel_size[0] - 1
+        u = torch.cat([self.before, u], dim=1)
+        self.before = u[:, -seen:]
+        return self.out_proj(self.mixer.core(self.in_proj(u), self.state, lead))
+
+
+def _prepared_mlp(mlp: SwiGLU) -> Callable[[Tensor], Tensor]:
+    """SwiGLU for several calls."""
+    w1, w2, w3 = (prepared(layer, SEGMENT) for layer in (mlp.w1, mlp.w2, mlp.w3))
+    return lambda x: w3(silu_mul(w1(x), w2(x)))
