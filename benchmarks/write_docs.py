@@ -20,6 +20,9 @@ Written by `python benchmarks/write_docs.py` from the files under [benchmarks/re
 was measured by the command that stands with it, on the machine named. Ratios are of medians in the same run: cases take
 turns, so a disturbance falls on all alike. Where the student loses, the tables say so. What each optimisation was expected
 to give and gave is in [LOG.md](../LOG.md).
+
+On a CPU the student brings its own kernels and, in fp32 on AMD, lets oneDNN multiply where PyTorch (and so the ViT) uses
+MKL, which is 5-20 % slower there; that is part of the ratio, as it is of what a user gets.
 """
 
 

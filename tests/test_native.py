@@ -28,6 +28,7 @@ from vit_linearizer.models.long_sequences import goes_in_parts, segments
 from vit_linearizer.models.mamba2 import Mamba2
 from vit_linearizer.ops import native, onednn
 from vit_linearizer.ops.native import build, operators
+from vit_linearizer.ops.native.registration import OPS
 
 long_sequences = importlib.import_module("vit_linearizer.models.long_sequences")
 
@@ -317,6 +318,12 @@ def test_only_long_sequences_on_a_cpu_in_evaluation_are_cut(monkeypatch):
         ):
             assert not goes_in_parts(block, x), "hooks are to see everything"
             handle.remove()
+        with monkeypatch.context() as patch:
+            patch.setattr(block.mlp, "forward", lambda x: x)
+            assert not goes_in_parts(block, x), "another forward is to be called"
+        handle = torch.nn.modules.module.register_module_forward_hook(lambda *_: None)
+        assert not goes_in_parts(block, x)
+        handle.remove()
         assert goes_in_parts(block, x)
 
 
@@ -570,6 +577,82 @@ def test_gradients_are_those_of_the_plain_path(plain, wanted):
         assert error(got, want.double()) < 1e-4
 
 
+def derivatives_of(arguments, implementation, weight):
+    arguments = [t.detach().clone().requires_grad_() for t in arguments]
+    return torch.autograd.grad(core(arguments, implementation), arguments, weight)
+
+
+@pytest.mark.parametrize("extreme", ["usual", "strong decay", "long steps"])
+@pytest.mark.parametrize(
+    ("length", "batch", "heads"), [(1, 2, 1), (2, 1, 3), (65, 3, 2), (80, 1, 5), (81, 2, 1), (330, 1, 2)]
+)
+def test_gradients_equal_float64(length, batch, heads, extreme):
+    arguments = list(inputs(length, batch, heads, dt=50.0 if extreme == "long steps" else 0.0))
+    if extreme == "strong decay":
+        arguments[4] = torch.full_like(arguments[4], 6.0)
+    weight = torch.randn(batch, length, 64 * heads)
+    want = derivatives_of([t.double() for t in arguments], "chunked", weight.double())
+    for got, w, t in zip(derivatives_of(arguments, "native", weight), want, arguments, strict=True):
+        assert got.shape == t.shape
+        # One token decays nothing: the gradient of A is exactly zero there, and next to it where everything is forgotten.
+        assert (got.double() - w).norm() < 1e-3 * w.norm() + 1e-5
+
+
+@pytest.mark.parametrize(("length", "batch", "heads"), [(66, 2, 3), (200, 1, 2)])
+def test_gradients_in_bf16_are_near_float64(length, batch, heads):
+    arguments = inputs(length, batch, heads, dtype=torch.bfloat16)
+    weight = torch.randn(batch, length, 64 * heads).bfloat16()
+    want = derivatives_of([t.double() for t in arguments], "chunked", weight.double())
+    for got, w, t in zip(derivatives_of(arguments, "native", weight), want, arguments, strict=True):
+        assert got.dtype == t.dtype
+        assert error(got, w) < 0.03
+
+
+def test_gradients_of_rows_equal_float64():
+    for length in (1, 2, 70):
+        for operation, arguments in row_operations(length, 48, torch.float32):
+            weight, results = None, []
+            for dtype in (torch.float64, torch.float32):
+                tensors = [t.to(dtype).requires_grad_() if isinstance(t, torch.Tensor) else t for t in arguments]
+                wanted = [t for t in tensors if isinstance(t, torch.Tensor)]
+                y = operation(*tensors)
+                weight = torch.randn_like(y) if weight is None else weight
+                results.append(torch.autograd.grad(y, wanted, weight.to(dtype)))
+            for want, got in zip(*results, strict=True):
+                assert error(got, want) < 1e-6
+
+
+def test_second_derivatives_are_refused_rather_than_wrong():
+    several = [(lambda *arguments: core(arguments), inputs(9, 1, 1)), *row_operations(9, 48, torch.float32)]
+    for operation, arguments in several:
+        tensors = [t for t in arguments if isinstance(t, torch.Tensor)]
+        gradients = torch.autograd.grad(
+            operation(*[t.requires_grad_() if isinstance(t, torch.Tensor) else t for t in arguments]).square().sum(),
+            tensors,
+            create_graph=True,
+        )
+        with pytest.raises(NotImplementedError, match="differentiated twice"):
+            sum(gradient.square().sum() for gradient in gradients).backward()
+
+
+def test_a_state_is_not_silently_forgotten_where_gradients_are_wanted():
+    arguments = inputs(5, 1, 1)
+    arguments[0].requires_grad_()
+    with pytest.raises(ValueError, match="without gradients only"):
+        core(arguments, state=torch.zeros(1, 1, 64, 64))
+
+
+def test_bf16_without_onednn():
+    arguments = inputs(70, 1, 2, dtype=torch.bfloat16)
+    want = core(arguments)
+    torch._C._set_mkldnn_enabled(False)
+    try:
+        got = core(arguments)
+    finally:
+        torch._C._set_mkldnn_enabled(True)
+    assert error(got, want.double()) < 0.01
+
+
 @pytest.mark.filterwarnings("ignore")  # of torch.func itself
 def test_forward_derivatives_are_not_lost():
     """The plain scan has none and says so; native operators must not take a missing one for zero."""
@@ -639,7 +722,7 @@ def test_switched_off_by_the_environment(monkeypatch, calls):
 # --- compiled, counted ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
 def test_compiled_model_calls_the_operators_and_equals_eager(backend):
     torch._dynamo.reset()
     model, x, seen = small(depth=2), images(), Counter()
@@ -659,11 +742,17 @@ def test_compiled_model_calls_the_operators_and_equals_eager(backend):
 @DTYPES
 def test_operators_keep_their_schemas_and_fakes(dtype):
     tests = ("test_schema", "test_faketensor")
-    for kwargs in (dict(state=None, lead=0), dict(state=torch.zeros(2, 3, 64, 64), lead=3)):
-        arguments = (*inputs(9, 2, 3, dtype=dtype), EPS, kwargs["state"], kwargs["lead"])
-        torch.library.opcheck(torch.ops.vit_linearizer_native.mixer_core.default, arguments, test_utils=tests)
+    mixer = (*inputs(9, 2, 3, dtype=dtype), EPS)
+    torch.library.opcheck(OPS.mixer_core.default, mixer, test_utils=tests)
+    torch.library.opcheck(OPS.mixer_core_carrying.default, (*mixer, torch.zeros(2, 3, 64, 64), 3), test_utils=tests)
+    for length in (1, 80, 81, 330):  # chunks of several sizes
+        mixer = (*inputs(length, 2, 3, dtype=dtype), EPS)
+        torch.library.opcheck(OPS.mixer_core_keeping.default, mixer, test_utils=tests)
+        kept = OPS.mixer_core_keeping(*mixer)
+        backward = (torch.randn_like(kept[0]), *mixer, *kept)
+        torch.library.opcheck(OPS.mixer_core_backward.default, backward, test_utils=tests)
     for operation, arguments in row_operations(9, 32, dtype):
-        operator = getattr(torch.ops.vit_linearizer_native, operation.__name__).default
+        operator = getattr(OPS, operation.__name__).default
         torch.library.opcheck(operator, arguments, test_utils=tests)
 
 

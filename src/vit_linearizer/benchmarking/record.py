@@ -16,7 +16,7 @@ from ..training.run_folder import write_atomically
 from .summary import Row
 
 #: They change where a benchmark goes and how it is watched, not what it measures.
-_NOT_COMPARED = ("out", "resume", "debug")
+_NOT_COMPARED = ("out", "resume", "debug", "mixer_reason")
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:
@@ -47,27 +47,29 @@ def write_record(file: Path, content: Mapping[str, Any]) -> None:
 def rows_to_keep(file: Path, *, config: Mapping[str, Any], machine: Mapping[str, Any]) -> list[Row]:
     """The rows of an unfinished benchmark of the same configuration and machine; none where there is none to go on with.
 
+    A finished one of the same configuration is measured anew.
+
     Raises:
-        UserError: the unfinished benchmark there is another one, or what is there is no benchmark.
+        UserError: the benchmark there is another one, or what is there is no benchmark.
     """
     if not file.exists():
         return []
     try:
         there = json.loads(file.read_text(encoding="utf-8"))
-        if there["complete"]:
-            return []
-        rows, before = there["rows"], {**there["config"], **there["machine"]}
+        complete, rows = there["complete"], there["rows"]
+        before = {**there["config"], **({} if complete else there["machine"])}
     except (ValueError, KeyError, TypeError) as error:
         remedy = f"its {file.name} cannot be read; use another folder, or --resume never to replace it"
         raise UserError("--out", file.parent, remedy) from error
-    now = json.loads(json.dumps({**config, **machine}))
+    now = json.loads(json.dumps({**config, **({} if complete else machine)}))
     keys = sorted((before.keys() | now.keys()) - set(_NOT_COMPARED))
     different = [f"{key} ({before.get(key)} there, {now.get(key)} here)" for key in keys if before.get(key) != now.get(key)]
     if different:
-        remedy = f"holds an unfinished benchmark of another configuration: {', '.join(different)}; "
+        kind = "a" if complete else "an unfinished"
+        remedy = f"holds {kind} benchmark of another configuration: {', '.join(different)}; "
         remedy += "use another folder, or --resume never to replace it"
         raise UserError("--out", file.parent, remedy)
-    return rows
+    return [] if complete else rows
 
 
 def _cpu_name() -> str:

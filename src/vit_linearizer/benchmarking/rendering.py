@@ -26,7 +26,8 @@ def to_markdown(content: dict[str, Any]) -> str:
     if not content["complete"]:
         lines += ["**Unfinished.** The same command goes on.", ""]
     lines += _table(_columns(references), rows)
-    said = sentences(content["summaries"], rows[0]) if rows else []
+    said = [f"{_subject(row)}: {row['status']}." for row in rows if ":" in row["status"]]
+    said += sentences(content["summaries"], rows[0]) if rows else []
     return "\n".join([*lines, "", *(f"- {sentence}" for sentence in said)]).rstrip() + "\n"
 
 
@@ -34,7 +35,7 @@ def machine_text(machine: dict[str, Any]) -> str:
     """The machine in one line."""
     where = machine["gpu"] or f"{machine['cpu']}, {machine['threads']} of {machine['cores']} cores"
     versions = f"torch {machine['torch']}, timm {machine['timm']}, vit-linearizer {machine['vit_linearizer']}"
-    return f"{where}, {machine['memory_gib']} GiB; {versions}; mixer for inference: {machine['mixer']}"
+    return f"{where}, {machine['memory_gib']} GiB; {versions}; mixer: {machine['mixer']}"
 
 
 def _columns(references: Sequence[str]) -> dict[str, Callable[[Row], str]]:
@@ -44,13 +45,14 @@ def _columns(references: Sequence[str]) -> dict[str, Callable[[Row], str]]:
         return lambda row: f"{row[key][reference]:.2f}" if reference in row.get(key, {}) else ""
 
     def speed(row: Row) -> str:
-        return _plain(row["images_per_second"]) if row["status"] == "ok" else row["status"]
+        return _plain(row["images_per_second"]) if row["status"] == "ok" else row["status"].partition(":")[0]
 
     def spread(row: Row) -> str:
         if row["status"] != "ok":
             return ""
         low, high = row["spread"]
-        single = " (once)" if row["repeats"] == 1 else f" ({_plain(low)} .. {_plain(high)})"
+        once = " (once, the first pass)" if row.get("from_warm_up") else " (once)"
+        single = once if row["repeats"] == 1 else f" ({_plain(low)} .. {_plain(high)})"
         return _plain(row["seconds_median"]) + single
 
     return {
@@ -66,6 +68,10 @@ def _columns(references: Sequence[str]) -> dict[str, Callable[[Row], str]]:
         **{f"memory vs {_short(reference)}": ratio("memory_ratio", reference) for reference in references},
         "GFLOPs": lambda row: _plain(row["flops_per_image"] / 1e9),
     }
+
+
+def _subject(row: Row) -> str:
+    return f"{variant_name(row['model'], row['attention'])}, {row['precision']}, at {size_text(row['image_size'])}"
 
 
 def _short(reference: str) -> str:

@@ -39,7 +39,8 @@ class BenchmarkConfig:
         train: forward and backward, bf16 under autocast, instead of inference.
         repeats: timed repeats of each case, at most.
         seconds_per_case: no further repeat after so long; cases that would take ten times as long are left out.
-        resume: auto goes on with an unfinished benchmark of the same configuration, never starts over.
+        resume: auto goes on with an unfinished benchmark (size by size) and repeats a finished one of the same
+            configuration, never starts over.
         smoke: the smallest form: two tiny models, two tiny sizes, two repeats, whatever else is asked for.
         debug: show the traceback of an error.
     """
@@ -103,15 +104,22 @@ def benchmark(config: BenchmarkConfig) -> dict[str, Any]:
     machine = describe_machine(device)
     out = Path(config.out)
     done = _look_at(out, config, machine)
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError("--out", out, f"cannot be made: {error.strerror}") from error
     if done:
         logger.info("going on: %d of %d cases are done", len(done), sum(len(group) for group in groups))
     content: dict[str, Any] = {"complete": False, "machine": machine, "config": asdict(config)}
     rows = done
-    for fresh in measure(groups, _settings(config, device), done):
-        rows = [*rows, *fresh]
-        content |= {"rows": add_ratios(rows), "summaries": summarise(rows)}
-        _write(out, content)
+    try:
+        for fresh in measure(groups, _settings(config, device), done):
+            rows = [*rows, *fresh]
+            content |= {"rows": add_ratios(rows), "summaries": summarise(rows)}
+            _write(out, content)
+    except KeyboardInterrupt:
+        logger.info("%d cases are kept in %s; the same command goes on behind the last finished size", len(rows), out)
+        raise
     content |= {"rows": add_ratios(rows), "summaries": summarise(rows), "complete": True}
     measured = any(row["status"] == OK for row in rows)
     if measured:

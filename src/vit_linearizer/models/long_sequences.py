@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.fx
 from torch import Tensor
+from torch.nn.modules import module as _modules
 
 from ..ops import silu_mul
 from .linear import prepared
@@ -31,11 +32,19 @@ def goes_in_parts(block: Any, x: Tensor) -> bool:
         and not (torch.is_grad_enabled() or block.training)
         and not (torch.compiler.is_compiling() or torch.jit.is_tracing())
         and not (torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.float16)
-        and isinstance(block.mixer, Mamba2)
-        and isinstance(block.mlp, SwiGLU)
+        and type(block.mixer) is Mamba2
+        and type(block.mlp) is SwiGLU
         and block.mixer.carries_states(x)
-        and not any(m._forward_hooks or m._forward_pre_hooks for m in block.modules() if m is not block)
+        and not _is_watched(block)
     )
+
+
+def _is_watched(block: Any) -> bool:
+    """Whether somebody hooks into a part of the block, or has put another ``forward`` on it."""
+    if _modules._global_forward_hooks or _modules._global_forward_pre_hooks:
+        return True
+    parts = [module for module in block.modules() if module is not block]
+    return any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in parts)
 
 
 def segments(length: int) -> list[tuple[int, int]]:

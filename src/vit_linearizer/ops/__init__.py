@@ -16,7 +16,7 @@ from ..contracts import UserError, did_you_mean
 from . import mixer, native, norm, onednn, reading_order
 from .causal_conv import causal_conv_silu
 from .position_embedding import resample_position_embedding
-from .recording import exporting, recording
+from .recording import exporting, recording, transformed
 from .ssd_chunked import ssd_chunked, ssd_plain
 from .ssd_reference import ssd_reference
 
@@ -99,7 +99,8 @@ def mixer_core(
         )
     else:  # a branch that TorchScript leaves out
         parameters = (conv_weight, conv_bias, dt_bias, A_log, D, norm_weight)
-        if mixer_carries_states(zxbcdt, conv_weight, conv_bias, state_dim, head_dim, implementation):
+        native_fits = mixer_carries_states(zxbcdt, conv_weight, conv_bias, state_dim, head_dim, implementation)
+        if native_fits and not transformed(*parameters):
             return native.mixer_core(zxbcdt, *parameters, eps, state=state, lead=lead)
         if state is not None or lead:
             raise UserError("implementation", implementation, "carries no state from call to call: only native does")
@@ -186,7 +187,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5, gate: Tensor | None =
     if torch.jit.is_scripting():
         return norm.rms_norm(x, weight, eps, gate)
     else:
-        if gate is None and native.serves_rows(x):
+        if gate is None and native.serves_rows(x) and not transformed(weight):
             return native.rms_norm(x, weight, eps)
         return norm.rms_norm(x, weight, eps, gate)
 

@@ -2,7 +2,7 @@
 
 PyTorch hands fp32 products to MKL, which is slower on CPUs that are not Intel's than oneDNN, which it uses for bf16 anyway.
 oneDNN takes the weights as they are, and a little faster still packed, which pays where a layer is called several times in a
-row. The figures are in LOG.md.
+row. The figures are in LOG.md. oneDNN keeps what it prepares for each number of rows, up to a limit of its own.
 """
 
 import functools
@@ -49,7 +49,7 @@ def serves(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         and _gains(x.dtype)
         and not torch.is_autocast_enabled("cpu")
         and not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)))
-        and not transformed(x)
+        and not transformed(x, weight, bias)
         and x.numel() > 0
         and _THERE
     )

@@ -29,8 +29,10 @@ def exporting() -> bool:
         return torch.compiler.is_exporting() or torch.jit.is_tracing()
 
 
-def transformed(x: torch.Tensor) -> bool:
+def transformed(*tensors: torch.Tensor | None) -> bool:
     """True under ``torch.func``'s transforms and forward-mode derivatives, which only PyTorch's own operators know."""
     if torch.compiler.is_compiling():
         return False
-    return torch.autograd.forward_ad._current_level >= 0 or torch._C._functorch.is_functorch_wrapped_tensor(x)
+    if torch.autograd.forward_ad._current_level >= 0:
+        return True
+    return any(t is not None and torch._C._functorch.is_functorch_wrapped_tensor(t) for t in tensors)

@@ -124,7 +124,8 @@ def _require_compiler() -> None:
 
 def _build_and_load(file: Path, flags: Sequence[str]) -> None:
     """Build aside and load from there; the cache gets the file for later processes."""
-    logger.info("building the native CPU kernels, once for this machine (about half a minute)")
+    # A warning, so that whoever waits in a notebook without logging sees why.
+    logger.warning("building the native CPU kernels, once for this machine (about half a minute)")
     started = time.perf_counter()
     for leftover in file.parent.glob("build-*"):
         with contextlib.suppress(FileNotFoundError):  # another process was faster

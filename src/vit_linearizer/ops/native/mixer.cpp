@@ -12,8 +12,6 @@
 
 #include <torch/library.h>
 
-#include <optional>
-
 namespace vit_linearizer {
 
 // `count` elements, `stride` apart, as floats.
@@ -186,7 +184,7 @@ void run(const Parameters& p, const Sizes& sizes, const at::Tensor& zxbcdt, floa
       float* kept_states = kept.states ? kept.states + b * (sizes.chunks() - 1) * sizes.heads * kState * kHead : nullptr;
       scan<IO, Operand>(p, sizes, in + b * sizes.length * sizes.columns(), first, next - first,
                         state + (b * sizes.heads + first) * kState * kHead, fresh, o + b * tokens * inner,
-                        &squares[task * tokens], kept.y ? kept.y + b * tokens * inner : nullptr, kept_states);
+                        squares.data() + task * tokens, kept.y ? kept.y + b * tokens * inner : nullptr, kept_states);
     }
   });
   at::parallel_for(0, sizes.batch * tokens, 16, [&](int64_t begin, int64_t end) {
@@ -211,10 +209,9 @@ void run_by_type(const Parameters& p, const Sizes& sizes, const at::Tensor& zxbc
   }
   const Kept<BFloat16> kept{y ? y->data_ptr<BFloat16>() : nullptr, kept_states, kept_scale};
 #if defined(VIT_LINEARIZER_HALF_PRODUCTS)
-  run<BFloat16, Half>(p, sizes, zxbcdt, state, fresh, out, kept);
-#else
-  run<BFloat16, Single>(p, sizes, zxbcdt, state, fresh, out, kept);
+  if (Half::works()) return run<BFloat16, Half>(p, sizes, zxbcdt, state, fresh, out, kept);
 #endif
+  run<BFloat16, Single>(p, sizes, zxbcdt, state, fresh, out, kept);
 }
 
 Sizes read_sizes(const at::Tensor& zxbcdt, const at::Tensor& D, int64_t lead) {
@@ -231,16 +228,26 @@ Sizes read_sizes(const at::Tensor& zxbcdt, const at::Tensor& D, int64_t lead) {
 // See `ops.native.operators.mixer_core`.
 at::Tensor mixer_core(const at::Tensor& zxbcdt, const at::Tensor& conv_weight, const at::Tensor& conv_bias,
                       const at::Tensor& dt_bias, const at::Tensor& A_log, const at::Tensor& D,
-                      const at::Tensor& norm_weight, double eps, const std::optional<at::Tensor>& carried,
-                      int64_t lead) {
+                      const at::Tensor& norm_weight, double eps) {
+  const Sizes sizes = read_sizes(zxbcdt, D, 0);
+  const Parameters p = read_parameters(sizes, conv_weight, conv_bias, dt_bias, A_log, D, norm_weight, eps);
+  at::Tensor state = at::empty({sizes.batch, sizes.heads, kState, kHead}, at::kFloat);
+  at::Tensor out = at::empty({sizes.batch, sizes.length, sizes.inner()}, zxbcdt.options());
+  run_by_type(p, sizes, zxbcdt, state.data_ptr<float>(), true, out, nullptr, nullptr, nullptr);
+  return out;
+}
+
+// The same for the next part of a sequence, whose first `lead` tokens have been seen before.
+at::Tensor mixer_core_carrying(const at::Tensor& zxbcdt, const at::Tensor& conv_weight, const at::Tensor& conv_bias,
+                               const at::Tensor& dt_bias, const at::Tensor& A_log, const at::Tensor& D,
+                               const at::Tensor& norm_weight, double eps, at::Tensor state, int64_t lead) {
   const Sizes sizes = read_sizes(zxbcdt, D, lead);
   const Parameters p = read_parameters(sizes, conv_weight, conv_bias, dt_bias, A_log, D, norm_weight, eps);
-  at::Tensor state = carried ? *carried : at::empty({sizes.batch, sizes.heads, kState, kHead}, at::kFloat);
   TORCH_CHECK(state.scalar_type() == at::kFloat && state.is_contiguous() &&
                   state.numel() == sizes.batch * sizes.heads * kState * kHead,
               "state must be contiguous fp32 [batch, heads, 64, 64]");
   at::Tensor out = at::empty({sizes.batch, sizes.tokens(), sizes.inner()}, zxbcdt.options());
-  run_by_type(p, sizes, zxbcdt, state.data_ptr<float>(), !carried, out, nullptr, nullptr, nullptr);
+  run_by_type(p, sizes, zxbcdt, state.data_ptr<float>(), false, out, nullptr, nullptr, nullptr);
   return out;
 }
 
@@ -261,6 +268,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> mixer_core_keeping(
 
 TORCH_LIBRARY_IMPL(vit_linearizer_native, CPU, library) {
   library.impl("mixer_core", &mixer_core);
+  library.impl("mixer_core_carrying", &mixer_core_carrying);
   library.impl("mixer_core_keeping", &mixer_core_keeping);
 }
 

@@ -65,7 +65,7 @@ void scan_backward(const Parameters& p, const Sizes& sizes, const Tensors<IO>& t
   float* gC = scratch<float>(36, kChunk * kState);
   IO* nothing = scratch<IO>(13, columns);
   std::fill(nothing, nothing + columns, IO(0));
-  alignas(64) float from_start[kChunk], to_end[kChunk], ga[kChunk], gdt[kChunk], out_of[kChunk], into[kChunk];
+  alignas(64) float from_start[kChunk], to_end[kChunk], ga[kChunk], gdt[kChunk], own[kChunk], out_of[kChunk], into[kChunk];
 
   for (int64_t k = sizes.chunks() - 1; k >= 0; k--) {
     const int64_t start = k * chunk;
@@ -119,7 +119,7 @@ void scan_backward(const Parameters& p, const Sizes& sizes, const Tensors<IO>& t
       for (int i = 0; i < kChunk; i += kLanes) {
         store(from_start + i, exp(load(a + i)));
         store(to_end + i, exp(last - load(a + i)));
-        for (float* g : {ga, gdt, out_of, into}) store(g + i, all(0.0f));
+        for (float* g : {ga, gdt, own, out_of, into}) store(g + i, all(0.0f));
       }
       transpose(xh, kChunk, kHead, x_turned, kChunk);
       Single::multiply<kChunk>(tokens, kHead, gyh, kHead, x_turned, gW, kChunk, false);
@@ -134,13 +134,20 @@ void scan_backward(const Parameters& p, const Sizes& sizes, const Tensors<IO>& t
           const Floats G = load(gram + at), g = load(gW + at), step = load(d + j);
           store(W + at, L * G * step);
           store(gG + at, load(gG + at) + g * L * step);
-          const Floats both = g * L * G;
+          Floats both = g * L * G;
+          if (j <= i && i < j + kLanes) {  // e^0 moves with no decay: left in, it would cancel but for rounding
+            own[i] = both[i - j];
+            both[i - j] = 0;
+          }
           store(gdt + j, load(gdt + j) + both);
           along += both * step;
         }
         ga[i] = sum(along);
       }
-      for (int i = 0; i < kChunk; i += kLanes) store(ga + i, load(ga + i) - load(gdt + i) * load(d + i));
+      for (int i = 0; i < kChunk; i += kLanes) {
+        store(ga + i, load(ga + i) - load(gdt + i) * load(d + i));
+        store(gdt + i, load(gdt + i) + load(own + i));
+      }
 
       Single::multiply<kHead, true>(tokens, tokens, W, kChunk, gyh, gx, kHead, false);
       if (!last_chunk) {

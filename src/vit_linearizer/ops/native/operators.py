@@ -110,13 +110,17 @@ def mixer_core(
         eps: as there.
         state: without gradients only, ``[batch, heads, 64, 64]`` fp32: the scan's state before the first token and, written
             in place, after the last; by default zero and forgotten.
-        lead: without gradients only: so many first tokens are known to the convolution alone, and nothing comes out for
-            them.
+        lead: with a state only: so many first tokens are known to the convolution alone, and nothing comes out for them.
     """
     arguments = (zxbcdt.contiguous(), conv_weight, conv_bias, dt_bias, A_log, D, norm_weight)
     if wants_gradients(*arguments):
+        if state is not None or lead:
+            raise ValueError("a state is carried without gradients only; call this under torch.no_grad()")
         return OPS.mixer_core_keeping(*arguments, eps)[0]
-    return OPS.mixer_core(*arguments, eps, state, lead)
+    if state is None:
+        assert lead == 0
+        return OPS.mixer_core(*arguments, eps)
+    return OPS.mixer_core_carrying(*arguments, eps, state, lead)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

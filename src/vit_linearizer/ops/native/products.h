@@ -11,7 +11,11 @@
 #include "vectors.h"
 
 #if defined(__AVX512BF16__)
+#include <ATen/Context.h>
 #include <ATen/native/CPUBlas.h>
+
+#include <exception>
+
 #define VIT_LINEARIZER_HALF_PRODUCTS
 #endif
 
@@ -99,6 +103,22 @@ struct Half {
   static void multiply(int rows, int depth, const BFloat16* A, int64_t lda, const BFloat16* B, float* C, int64_t ldc,
                        bool add, int = 0) {
     at::native::cpublas::brgemm(rows, columns, depth, lda, columns, ldc, add, A, B, C, /*is_vnni=*/true);
+  }
+
+  // The CPU can, but oneDNN may have been switched off or kept to fewer instructions.
+  static bool works() {
+    static const bool tried = [] {
+      alignas(64) BFloat16 a[2 * kTall] = {}, b[2 * 64] = {};
+      alignas(64) float c[64] = {};
+      try {
+        at::native::cpublas::brgemm(1, 64, 2, 2, 64, 64, false, a, b, c, true);
+        at::native::cpublas::brgemm_release(true);
+      } catch (const std::exception&) {
+        return false;
+      }
+      return true;
+    }();
+    return tried && at::globalContext().userEnabledMkldnn();
   }
 
   // Gives tile registers back to whoever multiplies next.

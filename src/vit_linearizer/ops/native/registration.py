@@ -14,7 +14,8 @@ _PARAMETERS = "Tensor conv_weight, Tensor conv_bias, Tensor dt_bias, Tensor A_lo
 _KEPT = "Tensor out, Tensor y, Tensor states, Tensor scale"
 _FOUR, _SEVEN = (f"({', '.join(['Tensor'] * count)})" for count in (4, 7))
 _SCHEMAS = (
-    f"mixer_core(Tensor zxbcdt, {_PARAMETERS}, Tensor(a!)? state, int lead) -> Tensor",
+    f"mixer_core(Tensor zxbcdt, {_PARAMETERS}) -> Tensor",
+    f"mixer_core_carrying(Tensor zxbcdt, {_PARAMETERS}, Tensor(a!) state, int lead) -> Tensor",
     # what is in _KEPT
     f"mixer_core_keeping(Tensor zxbcdt, {_PARAMETERS}) -> {_FOUR}",
     # gradients of zxbcdt and, in fp32, of the parameters
@@ -53,6 +54,10 @@ def _register_fakes() -> None:
         return torch.library.register_fake(f"vit_linearizer_native::{name}")
 
     @fake("mixer_core")
+    def _(zxbcdt, conv_weight, conv_bias, dt_bias, A_log, D, norm_weight, eps):
+        return zxbcdt.new_empty((*zxbcdt.shape[:2], norm_weight.shape[0]))
+
+    @fake("mixer_core_carrying")
     def _(zxbcdt, conv_weight, conv_bias, dt_bias, A_log, D, norm_weight, eps, state, lead):
         return zxbcdt.new_empty((zxbcdt.shape[0], zxbcdt.shape[1] - lead, norm_weight.shape[0]))
 
@@ -147,6 +152,14 @@ def _register_derivatives() -> None:
         gmixed = OPS.add_from_reading_order_backward(gout.to(mixed_dtype).contiguous(), ctx.flip)
         return gout.to(x_dtype), gmixed, None
 
+    def refuse(ctx: Any, *gradients: Any) -> None:
+        raise NotImplementedError("native operators cannot be differentiated twice; set VIT_LINEARIZER_NATIVE=0 to do that")
+
+    def save_nothing(ctx: Any, inputs: tuple, output: Any) -> None:
+        pass
+
+    for name in ("mixer_core", "rms_norm", "silu_mul", "to_reading_order", "add_from_reading_order"):
+        derivative(f"{name}_backward", refuse, save_nothing)
     derivative("mixer_core_keeping", mixer_backward, save_mixer)
     derivative("rms_norm", norm_backward, save_norm)
     derivative("silu_mul", gate_backward, save_gate)
@@ -155,7 +168,7 @@ def _register_derivatives() -> None:
 
 
 def _register_flops() -> None:
-    """Convolution and small products, as the counter counts them on the plain path."""
+    """Convolution and small products, as the counter counts them on the plain path (whose chunks differ a little)."""
 
     def forward(zxbcdt: Any, conv_weight: Any, heads: int, lead: int = 0) -> int:
         tokens = zxbcdt[0] * (zxbcdt[1] - lead)
@@ -164,6 +177,10 @@ def _register_flops() -> None:
         return tokens * (products + 2 * _WIDTH * conv_weight[0])
 
     @register_flop_formula(OPS.mixer_core)
+    def _(zxbcdt, conv_weight, conv_bias, dt_bias, A_log, D, norm_weight, eps, **kwargs):
+        return forward(zxbcdt, conv_weight, D[0])
+
+    @register_flop_formula(OPS.mixer_core_carrying)
     def _(zxbcdt, conv_weight, conv_bias, dt_bias, A_log, D, norm_weight, eps, state, lead, **kwargs):
         return forward(zxbcdt, conv_weight, D[0], lead)
 
