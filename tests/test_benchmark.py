@@ -469,7 +469,15 @@ def test_a_finished_benchmark_is_measured_anew(quick):
     quick()
     quick()
     assert quick.groups == [16, 36, 64]
-    quick(batch_size=2)
+
+
+def test_a_finished_benchmark_of_another_configuration_is_not_lost(quick, tmp_path):
+    quick()
+    before = written(tmp_path)
+    with pytest.raises(UserError, match=r"^--out \S+: holds a benchmark .*: batch_size \(1 there, 2 here\); use another"):
+        quick(batch_size=2)
+    assert (written(tmp_path), quick.groups) == (before, [])
+    quick(batch_size=2, resume="never")
     assert quick.groups == [16, 36, 64]
 
 
