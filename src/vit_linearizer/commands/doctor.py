@@ -63,7 +63,7 @@ def doctor(config: DoctorConfig) -> dict[str, str]:  # noqa: ARG001  # every com
     if device.type == "cpu":
         native.status(retry=True)  # whoever runs this may just have mended what was wrong
     name, reason = choose_mixer(device)
-    findings["scan"] = f"{name}: {reason}"
+    findings["scan"] = f"{name}: {reason}" + (f", {native.status()[1]}" if name == "native" else "")
     for module, (extra, purpose) in _OPTIONAL.items():
         if importlib.util.find_spec(module):
             findings[module] = f"installed ({purpose})"

@@ -34,7 +34,7 @@ def choose_mixer(device: torch.device) -> tuple[str, str]:
     if device.type == "cpu":
         there, reason = native.status()
         if there:
-            return "native", f"C++ for this CPU: {reason}"
+            return "native", "C++ built for this CPU"
         return "chunked", f"plain PyTorch; the native one is not here: {reason}"
     return "chunked", f"plain PyTorch batched matrix products; runs on any device, here {device.type}"
 

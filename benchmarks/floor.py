@@ -1,0 +1,74 @@
+"""The floor of Adventurer-B: the time of its linear layers alone beside a whole ViT-B, interleaved in one process.
+
+    python benchmarks/floor.py --precision bf16 --image-sizes 224 448 512x1024
+
+No kernel for what stands between the linear layers can bring the ratio of the two models above the last column.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+
+import timm
+import torch
+
+from vit_linearizer.benchmarking.record import describe_machine
+from vit_linearizer.commands.arguments import parse_size
+from vit_linearizer.models.linear import Linear
+
+
+def main() -> None:
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[ARGUMENTS.precision]
+    rows = []
+    for text in ARGUMENTS.image_sizes:
+        size = parse_size("--image-sizes", text)
+        vit = timm.create_model("vit_base_patch16_224", img_size=size).eval().to(dtype)
+        student = timm.create_model("adventurer_base_patch16_224", img_size=size).eval().to(dtype)
+        layers = [layer for layer in student.modules() if isinstance(layer, Linear)]
+        tokens = student.patch_embed.num_patches + 2
+        inputs = {width: torch.randn(1, tokens, width, dtype=dtype) for width in {layer.in_features for layer in layers}}
+        images = torch.randn(1, 3, *size, dtype=dtype)
+        cases = {
+            "vit": lambda vit=vit, images=images: vit(images),
+            "student": lambda student=student, images=images: student(images),
+            "linear": lambda layers=layers, inputs=inputs: [layer(inputs[layer.in_features]) for layer in layers],
+        }
+        seconds: dict[str, list[float]] = {name: [] for name in cases}
+        with torch.inference_mode():
+            for repeat in range(ARGUMENTS.repeats + 1):
+                for name, run in cases.items():
+                    started = time.perf_counter()
+                    run()
+                    if repeat > 0:
+                        seconds[name].append(time.perf_counter() - started)
+        vit_ms, student_ms, linear_ms = (1e3 * statistics.median(seconds[name]) for name in cases)
+        rows.append(
+            {
+                "image": text,
+                "ViT-B ms": round(vit_ms, 1),
+                "Adventurer-B ms": round(student_ms, 1),
+                "its linear layers alone ms": round(linear_ms, 1),
+                "ratio": round(vit_ms / student_ms, 2),
+                "ratio if all else were free": round(vit_ms / linear_ms, 2),
+            }
+        )
+        print("  ".join(f"{key} {value}" for key, value in rows[-1].items()), flush=True)
+    if ARGUMENTS.out:
+        title = f"The floor: linear layers alone, batch 1, {ARGUMENTS.precision}, median of {ARGUMENTS.repeats}"
+        command = (
+            f"python benchmarks/floor.py --precision {ARGUMENTS.precision} --image-sizes {' '.join(ARGUMENTS.image_sizes)}"
+        )
+        content = {"title": title, "command": command, "machine": describe_machine(torch.device("cpu")), "rows": rows}
+        Path(ARGUMENTS.out).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--image-sizes", nargs="+", default=["224", "448", "512x1024"])
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--precision", choices=["fp32", "bf16"], default="bf16")
+    parser.add_argument("--out", help="also write the figures to this JSON file")
+    ARGUMENTS = parser.parse_args()
+    main()
