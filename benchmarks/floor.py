@@ -6,15 +6,12 @@ No kernel for what stands between the linear layers can bring the ratio of the t
 """
 
 import argparse
-import json
 import statistics
-import time
-from pathlib import Path
 
 import timm
 import torch
+from figures import show, time_in_turn
 
-from vit_linearizer.benchmarking.record import describe_machine
 from vit_linearizer.commands.arguments import parse_size
 from vit_linearizer.models.linear import Linear
 
@@ -35,14 +32,8 @@ def main() -> None:
             "student": lambda student=student, images=images: student(images),
             "linear": lambda layers=layers, inputs=inputs: [layer(inputs[layer.in_features]) for layer in layers],
         }
-        seconds: dict[str, list[float]] = {name: [] for name in cases}
         with torch.inference_mode():
-            for repeat in range(ARGUMENTS.repeats + 1):
-                for name, run in cases.items():
-                    started = time.perf_counter()
-                    run()
-                    if repeat > 0:
-                        seconds[name].append(time.perf_counter() - started)
+            seconds = time_in_turn(cases, ARGUMENTS.repeats)
         vit_ms, student_ms, linear_ms = (1e3 * statistics.median(seconds[name]) for name in cases)
         rows.append(
             {
@@ -54,14 +45,9 @@ def main() -> None:
                 "ratio if all else were free": round(vit_ms / linear_ms, 2),
             }
         )
-        print("  ".join(f"{key} {value}" for key, value in rows[-1].items()), flush=True)
-    if ARGUMENTS.out:
-        title = f"The floor: linear layers alone, batch 1, {ARGUMENTS.precision}, median of {ARGUMENTS.repeats}"
-        command = (
-            f"python benchmarks/floor.py --precision {ARGUMENTS.precision} --image-sizes {' '.join(ARGUMENTS.image_sizes)}"
-        )
-        content = {"title": title, "command": command, "machine": describe_machine(torch.device("cpu")), "rows": rows}
-        Path(ARGUMENTS.out).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    title = f"The floor: linear layers alone, batch 1, {ARGUMENTS.precision}, median of {ARGUMENTS.repeats}"
+    command = f"python benchmarks/floor.py --precision {ARGUMENTS.precision} --image-sizes {' '.join(ARGUMENTS.image_sizes)}"
+    show(title, command, rows, ARGUMENTS.out)
 
 
 if __name__ == "__main__":

@@ -6,17 +6,14 @@ The floor is the time of the two linear layers alone, by the same library and wi
 """
 
 import argparse
-import json
 import statistics
-import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
+from figures import show, time_in_turn
 from transformers.models.mamba2.configuration_mamba2 import Mamba2Config
 from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
 
-from vit_linearizer.benchmarking.record import describe_machine
 from vit_linearizer.models.mamba2 import Mamba2
 
 
@@ -49,14 +46,8 @@ def main() -> None:
         f"transformers, chunk {default_chunk} (default)": lambda: theirs[default_chunk](u),
         "transformers, chunk 64": lambda: theirs[64](u),
     }
-    seconds: dict[str, list[float]] = {name: [] for name in cases}
     with torch.inference_mode():
-        for repeat in range(ARGUMENTS.repeats + 1):
-            for name, run in cases.items():
-                started = time.perf_counter()
-                run()
-                if repeat > 0:
-                    seconds[name].append(time.perf_counter() - started)
+        seconds = time_in_turn(cases, ARGUMENTS.repeats)
     medians = {name: statistics.median(times) for name, times in seconds.items()}
     floor, own = medians["linear layers alone (floor)"], medians["vit-linearizer"]
     rows = [
@@ -74,13 +65,8 @@ def main() -> None:
         f"One mixer layer, width {ARGUMENTS.width}, {ARGUMENTS.tokens} tokens, batch {ARGUMENTS.batch_size}, "
         f"{ARGUMENTS.precision}, median of {ARGUMENTS.repeats}"
     )
-    print(title)
-    for row in rows:
-        print("  ".join(f"{key} {value}" for key, value in row.items()))
-    if ARGUMENTS.out:
-        command = f"python benchmarks/mixer.py --precision {ARGUMENTS.precision} --tokens {ARGUMENTS.tokens}"
-        content = {"title": title, "command": command, "machine": describe_machine(u.device), "rows": rows}
-        Path(ARGUMENTS.out).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    command = f"python benchmarks/mixer.py --precision {ARGUMENTS.precision} --tokens {ARGUMENTS.tokens}"
+    show(title, command, rows, ARGUMENTS.out)
 
 
 if __name__ == "__main__":

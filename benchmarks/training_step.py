@@ -6,17 +6,14 @@ Prints the median of each and their ratio, and the floor: the ratio of FLOPs in 
 """
 
 import argparse
-import json
+import functools
 import statistics
-import time
-from pathlib import Path
 
 import timm
 import torch
 import torch.nn.functional as F
+from figures import show, time_in_turn  # importing it also gives timm the students' names
 from torch.utils.flop_counter import FlopCounterMode
-
-from vit_linearizer.benchmarking.record import describe_machine  # and the students' names for timm
 
 
 def step(model: torch.nn.Module, optimizer: torch.optim.Optimizer, images: torch.Tensor, labels: torch.Tensor) -> None:
@@ -36,18 +33,14 @@ def main() -> None:
     images = torch.randn(ARGUMENTS.batch_size, 3, 32, 32)
     labels = torch.randint(0, 10, (ARGUMENTS.batch_size,))
     optimizers = {name: torch.optim.AdamW(model.parameters()) for name, model in models.items()}
-    flops, seconds = {}, {name: [] for name in models}
+    flops = {}
     for name, model in models.items():
         with FlopCounterMode(display=False) as counter:
             step(model, optimizers[name], images, labels)
         counts = counter.get_flop_counts()["Global"]
         flops[name] = sum(counts.get(op, 0) for op in (torch.ops.aten.mm, torch.ops.aten.addmm))
-    for repeat in range(ARGUMENTS.repeats + 2):
-        for name, model in models.items():
-            started = time.perf_counter()
-            step(model, optimizers[name], images, labels)
-            if repeat >= 2:  # warm
-                seconds[name].append(time.perf_counter() - started)
+    cases = {name: functools.partial(step, model, optimizers[name], images, labels) for name, model in models.items()}
+    seconds = time_in_turn(cases, ARGUMENTS.repeats, warm=2)
     title = (
         f"Training step, width {ARGUMENTS.width}, {ARGUMENTS.depth} blocks, 64 patches, batch {ARGUMENTS.batch_size}, "
         f"{ARGUMENTS.precision}, median of {ARGUMENTS.repeats}"
@@ -64,16 +57,11 @@ def main() -> None:
         }
         for name, median in medians.items()
     ]
-    print(title)
-    for row in rows:
-        print("  ".join(f"{key} {value}" for key, value in row.items()))
-    if ARGUMENTS.out:
-        command = (
-            f"python benchmarks/training_step.py --width {ARGUMENTS.width} --batch-size {ARGUMENTS.batch_size} "
-            f"--precision {ARGUMENTS.precision}"
-        )
-        content = {"title": title, "command": command, "machine": describe_machine(images.device), "rows": rows}
-        Path(ARGUMENTS.out).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    command = (
+        f"python benchmarks/training_step.py --width {ARGUMENTS.width} --batch-size {ARGUMENTS.batch_size} "
+        f"--precision {ARGUMENTS.precision}"
+    )
+    show(title, command, rows, ARGUMENTS.out)
 
 
 if __name__ == "__main__":
