@@ -14,6 +14,7 @@ from figures import show, time_in_turn
 from transformers.models.mamba2.configuration_mamba2 import Mamba2Config
 from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
 
+from vit_linearizer.models.linear import prepared
 from vit_linearizer.models.mamba2 import Mamba2
 
 
@@ -41,12 +42,14 @@ def main() -> None:
     y = torch.randn(ARGUMENTS.batch_size, ARGUMENTS.tokens, ours.inner_dim, dtype=dtype)
     cases: dict[str, Callable[[], object]] = {
         "linear layers alone (floor)": lambda: (ours.in_proj(u), ours.out_proj(y)),
+        "linear layers alone, packed beforehand": lambda: (packed_in(u), packed_out(y)),
         "vit-linearizer": lambda: ours(u),
         "vit-linearizer, plain PyTorch": lambda: plain(u),
         f"transformers, chunk {default_chunk} (default)": lambda: theirs[default_chunk](u),
         "transformers, chunk 64": lambda: theirs[64](u),
     }
     with torch.inference_mode():
+        packed_in, packed_out = (prepared(layer, ARGUMENTS.tokens) for layer in (ours.in_proj, ours.out_proj))
         seconds = time_in_turn(cases, ARGUMENTS.repeats)
     medians = {name: statistics.median(times) for name, times in seconds.items()}
     floor, own = medians["linear layers alone (floor)"], medians["vit-linearizer"]

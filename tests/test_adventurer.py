@@ -339,6 +339,52 @@ def test_flops_per_token_are_constant_from_224_to_896():
     assert flops_per_token("vit_tiny_patch16_224", 896) > 2 * flops_per_token("vit_tiny_patch16_224", 224)
 
 
+# --- the class token alone --------------------------------------------------------------------------------------------
+
+
+def counted_flops(model, pictures):
+    with FlopCounterMode(display=False) as counter:
+        model(pictures)
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("depth", [1, 3])
+@pytest.mark.parametrize("size", [(32, 32), (8, 104)])
+def test_a_head_on_the_class_token_spares_the_last_blocks_patches(depth, size):
+    model, pictures = small_model(depth=depth, dtype=torch.float64), images(*size, dtype=torch.float64)
+    want = model.forward_head(model.forward_features(pictures))
+    torch.testing.assert_close(model(pictures), want, rtol=1e-12, atol=1e-12)
+    model.requires_grad_(False)
+    tokens, mlp = size[0] * size[1] // 64, sum(p.numel() for n, p in model.layers[-1].mlp.named_parameters() if "weight" in n)
+    spared = 2 * 2 * tokens * (mlp + model.layers[-1].mixer.out_proj.weight.numel())
+    spared += 2 * 2 * model.layers[-1].mixer.out_proj.weight.numel()  # of the heading average
+    whole = counted_flops(lambda x: model.forward_head(model.forward_features(x)), pictures)
+    assert whole - counted_flops(model, pictures) == spared
+
+
+def test_gradients_are_those_of_the_whole_features():
+    model = small_model(dtype=torch.float64).train()
+    _, want = loss_and_gradients(model, lambda x: model.forward_head(model.forward_features(x)), torch.float64)
+    _, got = loss_and_gradients(model, dtype=torch.float64)
+    for name, gradient in want.items():
+        torch.testing.assert_close(got[name], gradient, rtol=1e-10, atol=1e-12, msg=name)
+
+
+@pytest.mark.parametrize("pool", ["avg", ""])
+def test_other_heads_read_every_token(pool):
+    model, pictures = small_model(global_pool=pool), images()
+    torch.testing.assert_close(model(pictures), model.forward_head(model.forward_features(pictures)), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("place", ["layers.2", "layers.2.mlp.w1", "layers.2.mixer", "norm_f"])
+def test_a_hook_sees_every_token(place):
+    model, pictures, seen = small_model(), images(), []
+    model.get_submodule(place).register_forward_hook(lambda _module, _inputs, output: seen.append(output.shape[1]))
+    model(pictures)
+    assert len(seen) == 1
+    assert seen[0] >= 17, "16 patches and the class token"
+
+
 # --- training -------------------------------------------------------------------------------------------------------
 
 

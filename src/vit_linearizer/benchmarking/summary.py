@@ -10,6 +10,8 @@ Row = dict[str, Any]
 
 #: Below so many tokens, time is that of launching operators rather than of computing.
 _MANY_TOKENS = 1000
+#: What is less than this many times as fast is not called faster at every size: measurements differ by as much.
+_CLEARLY = 1.03
 
 
 def add_ratios(rows: Sequence[Row]) -> list[Row]:
@@ -140,6 +142,8 @@ def _crossover_in_words(crossover: Row, versus: str) -> str:
     if crossover["result"] == "reached":
         start = f"faster than {versus} from {size_text(crossover['image_size'])} on"
         return f"{start} (equal at about {crossover['tokens']} tokens), slower just below that: {ends}"
+    if crossover["smallest"]["speedup"] < _CLEARLY:
+        return f"no slower than {versus} at any size measured: {ends}"
     return f"faster than {versus} at every size measured: {ends}"
 
 

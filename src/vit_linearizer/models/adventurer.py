@@ -9,6 +9,7 @@ weights.
 from typing import Any, Literal
 
 import torch
+import torch.fx
 import torch.nn as nn
 from timm.layers import PatchEmbed, lecun_normal_, trunc_normal_
 from timm.models import checkpoint
@@ -16,9 +17,10 @@ from timm.models._features import feature_take_indices
 from timm.models._input import update_model_args, update_model_input_size
 from torch import Tensor
 
-from ..ops import Implementation, resample_position_embedding
+from ..ops import Implementation, exporting, resample_position_embedding
 from .adventurer_block import FLIP_RULES, AdventurerBlock, Flip
 from .mamba2 import RMSNorm
+from .watching import is_watched
 
 
 class Adventurer(nn.Module):
@@ -135,6 +137,26 @@ class Adventurer(nn.Module):
                 x = block(x)
         return _class_first(self.norm_f(x))
 
+    @torch.jit.unused
+    def forward_class_token(self, x: Tensor) -> Tensor:
+        """``[B, in_chans, H, W] -> [B, 1, D]``: the class token of `forward_features`, without the last block's patches."""
+        x = self.embed(x)
+        for n, block in enumerate(self.layers, start=1):
+            run = block.class_token if n == len(self.layers) else block
+            x = checkpoint(run, x) if self.grad_checkpointing else run(x)  # type: ignore[operator]  # a module's method
+        return self.norm_f(x)
+
+    @torch.jit.unused
+    def _reads_class_token_alone(self, x: Tensor) -> bool:
+        """Whether `forward_class_token` is all that `forward` needs, and nobody looks at the rest on its way."""
+        return (
+            self.global_pool == "token"
+            and not isinstance(x, torch.fx.Proxy)
+            and not exporting()
+            and not is_watched(self.layers[-1])
+            and not is_watched(self.norm_f)
+        )
+
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Pool and classify the output of `forward_features`."""
         if self.global_pool == "token":
@@ -145,6 +167,9 @@ class Adventurer(nn.Module):
         return x if pre_logits else self.head(x)
 
     def forward(self, x: Tensor) -> Tensor:
+        if not torch.jit.is_scripting():
+            if self._reads_class_token_alone(x):
+                return self.forward_head(self.forward_class_token(x))
         return self.forward_head(self.forward_features(x))
 
     def forward_intermediates(

@@ -17,7 +17,7 @@ from timm.layers import DropPath
 from torch import Tensor
 
 from ..ops import Implementation, add_from_reading_order, to_reading_order
-from .long_sequences import block_in_parts, goes_in_parts
+from .long_sequences import block_in_parts, class_token_core_in_parts, goes_in_parts
 from .mamba2 import Mamba2, RMSNorm
 from .swiglu import SwiGLU
 
@@ -71,4 +71,14 @@ class AdventurerBlock(nn.Module):
         """`forward` as the paper says it."""
         mixed = self.mixer(to_reading_order(self.norm(x), self.flip))
         x = add_from_reading_order(x, self.drop_path(mixed), self.flip)
+        return x + self.drop_path(self.mlp(self.norm_mlp(x)))
+
+    @torch.jit.unused
+    def class_token(self, x: Tensor) -> Tensor:
+        """``[B, N + 1, D] -> [B, 1, D]``: the last row of `forward` alone, for a block whose other rows nobody reads."""
+        if goes_in_parts(self, x):
+            mixed = class_token_core_in_parts(self, x)
+        else:
+            mixed = self.mixer.core(self.mixer.in_proj(to_reading_order(self.norm(x), self.flip)))[:, -1:]
+        x = x[:, -1:] + self.drop_path(self.mixer.out_proj(mixed))
         return x + self.drop_path(self.mlp(self.norm_mlp(x)))

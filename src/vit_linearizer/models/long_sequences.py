@@ -6,25 +6,25 @@ hands the state of its scan from one to the next.
 """
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.fx
 from torch import Tensor
-from torch.nn.modules import module as _modules
 
 from ..ops import silu_mul
 from .linear import prepared
 from .mamba2 import Mamba2
 from .swiglu import SwiGLU
+from .watching import all_are_watched, is_watched
 
 #: Tokens of a part: few enough for the cache, many enough that reading all weights for them is nothing.
 SEGMENT = 1024
 
 
 def goes_in_parts(block: Any, x: Tensor) -> bool:
-    """Whether `block_in_parts` may take ``[B, L, D]``, and pays. Somebody who hooks into a block wants it in one go."""
+    """Whether the functions below may take ``[B, L, D]``, and pay. Somebody who hooks into a block wants it in one go."""
     return (
         not isinstance(x, torch.fx.Proxy)
         and x.shape[1] > SEGMENT * 3 // 2
@@ -35,16 +35,9 @@ def goes_in_parts(block: Any, x: Tensor) -> bool:
         and type(block.mixer) is Mamba2
         and type(block.mlp) is SwiGLU
         and block.mixer.carries_states(x)
-        and not _is_watched(block)
+        and not all_are_watched()
+        and not any(is_watched(module) for module in block.children())
     )
-
-
-def _is_watched(block: Any) -> bool:
-    """Whether somebody hooks into a part of the block, or has put another ``forward`` on it."""
-    if _modules._global_forward_hooks or _modules._global_forward_pre_hooks:
-        return True
-    parts = [module for module in block.modules() if module is not block]
-    return any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in parts)
 
 
 def segments(length: int) -> list[tuple[int, int]]:
@@ -57,25 +50,16 @@ def segments(length: int) -> list[tuple[int, int]]:
 def block_in_parts(block: Any, x: Tensor) -> Tensor:
     """``[B, N + 1, D] -> [B, N + 1, D]``, class token last in both."""
     patches = x.shape[1] - 1
-    total = sum(block.norm(x[:, start:stop]).sum(1, dtype=torch.float32) for start, stop in segments(x.shape[1]))
-    heading = (total / x.shape[1]).to(x.dtype).unsqueeze(1)
-    mixer, mlp = _MixerInParts(block.mixer, x), _prepared_mlp(block.mlp)
+    out_proj, mlp = prepared(block.mixer.out_proj, SEGMENT), _prepared_mlp(block.mlp)
     out = torch.empty_like(x)
-    for start, stop in segments(patches):
+    for (start, stop), mixed in _cores(block, x):
         rows = slice(patches - stop, patches - start) if block.flip else slice(start, stop)
-        u = block.norm(x[:, rows])
-        tokens = [u.flip(1) if block.flip else u]
-        first, last = start == 0, stop == patches
-        if first:
-            tokens.insert(0, heading)
-        if last:
-            tokens.append(block.norm(x[:, -1:]))
-        mixed = mixer(torch.cat(tokens, dim=1))
-        mixed, class_token = mixed[:, int(first) :], mixed[:, -1:]
+        mixed = out_proj(mixed)[:, int(start == 0) :]  # nothing is added to the heading average
         own = mixed[:, : stop - start]
         y = x[:, rows] + (own.flip(1) if block.flip else own)
+        last = stop == patches
         if last:
-            y = torch.cat([y, x[:, -1:] + class_token], dim=1)
+            y = torch.cat([y, x[:, -1:] + mixed[:, -1:]], dim=1)
         y += mlp(block.norm_mlp(y))
         out[:, rows] = y[:, : stop - start]
         if last:
@@ -83,12 +67,39 @@ def block_in_parts(block: Any, x: Tensor) -> Tensor:
     return out
 
 
+def class_token_core_in_parts(block: Any, x: Tensor) -> Tensor:
+    """``[B, N + 1, D] -> [B, 1, inner]``: what the mixer's core makes of the class token, which it reads last."""
+    mixed = x
+    for _, mixed in _cores(block, x):
+        pass
+    return mixed[:, -1:]
+
+
+def _cores(block: Any, x: Tensor) -> Iterator[tuple[tuple[int, int], Tensor]]:
+    """Bounds of each part of the patches in reading order, and what the mixer's core makes of it.
+
+    The heading average comes out with the first part, the class token with the last.
+    """
+    patches = x.shape[1] - 1
+    total = sum(block.norm(x[:, start:stop]).sum(1, dtype=torch.float32) for start, stop in segments(x.shape[1]))
+    heading = (total / x.shape[1]).to(x.dtype).unsqueeze(1)
+    mixer = _MixerInParts(block.mixer, x)
+    for start, stop in segments(patches):
+        u = block.norm(x[:, patches - stop : patches - start].flip(1) if block.flip else x[:, start:stop])
+        tokens = [u]
+        if start == 0:
+            tokens.insert(0, heading)
+        if stop == patches:
+            tokens.append(block.norm(x[:, -1:]))
+        yield (start, stop), mixer(torch.cat(tokens, dim=1))
+
+
 class _MixerInParts:
-    """A mixer for the parts of one batch of sequences, first to last."""
+    """A mixer up to its last linear layer, for the parts of one batch of sequences, first to last."""
 
     def __init__(self, mixer: Mamba2, like: Tensor):
         self.mixer = mixer
-        self.in_proj, self.out_proj = prepared(mixer.in_proj, SEGMENT), prepared(mixer.out_proj, SEGMENT)
+        self.in_proj = prepared(mixer.in_proj, SEGMENT)
         self.state = like.new_zeros((like.shape[0], mixer.num_heads, mixer.state_dim, mixer.head_dim), dtype=torch.float32)
         self.before = like[:, :0]  # tokens that the convolution looks back at
 
@@ -96,7 +107,7 @@ class _MixerInParts:
         lead, seen = self.before.shape[1], self.mixer.conv1d.kernel_size[0] - 1
         u = torch.cat([self.before, u], dim=1)
         self.before = u[:, -seen:]
-        return self.out_proj(self.mixer.core(self.in_proj(u), self.state, lead))
+        return self.mixer.core(self.in_proj(u), self.state, lead)
 
 
 def _prepared_mlp(mlp: SwiGLU) -> Callable[[Tensor], Tensor]:

@@ -244,6 +244,7 @@ __all__ = [
     "add_from_reading_order",
     "causal_conv_silu",
     "choose_mixer",
+    "exporting",
     "linear",
     "mixer_carries_states",
     "mixer_core",
