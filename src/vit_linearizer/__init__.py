@@ -16,8 +16,11 @@ if TYPE_CHECKING:
     from .commands.distill import DistillConfig, distill
     from .commands.doctor import DoctorConfig, doctor
     from .commands.embed import EmbedConfig, embed
+    from .commands.evaluate import EvaluateConfig, evaluate
     from .commands.export import ExportConfig, export
+    from .commands.finetune import FinetuneConfig, finetune
     from .commands.quickstart import QuickstartConfig, quickstart
+    from .commands.segment import SegmentConfig, segment
 
 __version__ = "0.1.0"
 
@@ -27,14 +30,20 @@ _COMMANDS = {
     "DistillConfig": "distill",
     "DoctorConfig": "doctor",
     "EmbedConfig": "embed",
+    "EvaluateConfig": "evaluate",
     "ExportConfig": "export",
+    "FinetuneConfig": "finetune",
     "QuickstartConfig": "quickstart",
+    "SegmentConfig": "segment",
     "benchmark": "benchmark",
     "distill": "distill",
     "doctor": "doctor",
     "embed": "embed",
+    "evaluate": "evaluate",
     "export": "export",
+    "finetune": "finetune",
     "quickstart": "quickstart",
+    "segment": "segment",
 }
 
 __all__ = [
@@ -42,16 +51,22 @@ __all__ = [
     "DistillConfig",
     "DoctorConfig",
     "EmbedConfig",
+    "EvaluateConfig",
     "ExportConfig",
+    "FinetuneConfig",
     "QuickstartConfig",
+    "SegmentConfig",
     "UserError",
     "benchmark",
     "distill",
     "doctor",
     "embed",
+    "evaluate",
     "export",
+    "finetune",
     "load",
     "quickstart",
+    "segment",
 ]
 
 

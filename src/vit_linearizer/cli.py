@@ -12,13 +12,19 @@ from .commands.benchmark import BenchmarkConfig, benchmark
 from .commands.distill import DistillConfig, distill
 from .commands.doctor import DoctorConfig, doctor
 from .commands.embed import EmbedConfig, embed
+from .commands.evaluate import EvaluateConfig, evaluate
 from .commands.export import ExportConfig, export
+from .commands.finetune import FinetuneConfig, finetune
 from .commands.quickstart import QuickstartConfig, quickstart
+from .commands.segment import SegmentConfig, segment
 from .contracts import UserError
 from .training.progress import show_messages
 
 COMMANDS: dict[type, Callable[[Any], Any]] = {
     DistillConfig: distill,
+    FinetuneConfig: finetune,
+    SegmentConfig: segment,
+    EvaluateConfig: evaluate,
     ExportConfig: export,
     EmbedConfig: embed,
     BenchmarkConfig: benchmark,
@@ -28,6 +34,9 @@ COMMANDS: dict[type, Callable[[Any], Any]] = {
 
 _Command = (
     Annotated[DistillConfig, tyro.conf.subcommand("distill")]
+    | Annotated[FinetuneConfig, tyro.conf.subcommand("finetune")]
+    | Annotated[SegmentConfig, tyro.conf.subcommand("segment")]
+    | Annotated[EvaluateConfig, tyro.conf.subcommand("evaluate")]
     | Annotated[ExportConfig, tyro.conf.subcommand("export")]
     | Annotated[EmbedConfig, tyro.conf.subcommand("embed")]
     | Annotated[BenchmarkConfig, tyro.conf.subcommand("benchmark")]

@@ -1,6 +1,5 @@
 """``distill``: a teacher and a folder of unlabelled images in, a linear-time student out."""
 
-import dataclasses
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,22 +11,23 @@ import torch
 import torch.nn as nn
 
 from ..data.datasets import SkippedList, split_held_out
-from ..data.sources import ImageSource, open_source
+from ..data.sources import ImageSource, Labels, open_source
 from ..data.views import Augmentation, MaskConfig
 from ..models.adapters import check_plain, nominal_size, patch_grid
 from ..models.loading import create_backbone, model_folder, probe_backbone
 from ..models.teacher import agreeing_size, load_teacher
 from ..objectives import Masking, MatchedTokens, Target, masked_count
-from ..recipes import DistillationRecipe, find_recipe
+from ..recipes import DISTILLATION, DistillationRecipe, find_recipe
 from ..tasks import Distillation
 from ..training.config import RuntimeConfig
 from ..training.data import prepare_data
 from ..training.loop import train
 from ..training.machine import choose_workers, make_accelerator
-from ..training.optimiser import fit_batch, total_steps
+from ..training.optimiser import total_steps
 from ..training.progress import show_messages
 from ..training.run_folder import RunFolder
 from .arguments import parse_model_args, parse_size
+from .resolution import apply_flags, fit_to_images, resolved_data, resolved_runtime
 
 logger = logging.getLogger("vit_linearizer")
 
@@ -46,6 +46,7 @@ class DistillConfig(RuntimeConfig):
         teacher: timm name, hf-hub:OWNER/NAME, local-dir:FOLDER, a run folder, or a weight file (with --teacher-arch).
         student: timm name, e.g. adventurer_base_patch16_224, or a run folder or weight file to go on from.
         data: folder of images, searched recursively, or builtin:digits.
+        labels: folder where subfolders are classes: then nearest neighbours are scored on the way, and nothing else changes.
         out: folder that the run leaves its results in.
         recipe: linearizer (the paper), regression (the baseline), digits or smoke.
         teacher_arch: timm name of the architecture, when the teacher is a weight file.
@@ -83,6 +84,7 @@ class DistillConfig(RuntimeConfig):
     student: str
     data: str
     out: str
+    labels: Labels = "none"
     recipe: str = "linearizer"
     teacher_arch: str | None = None
     teacher_pretrained: bool = True
@@ -115,20 +117,6 @@ class DistillConfig(RuntimeConfig):
     debug: bool = False
 
 
-def resolve_recipe(config: DistillConfig, architecture: str, batch_size: int | None = None) -> DistillationRecipe:
-    """The recipe that a configuration names, with the values its flags override.
-
-    Args:
-        config: of the command.
-        architecture: timm name of the student.
-        batch_size: instead of the configuration's, where the images are too few for that.
-    """
-    recipe = find_recipe(config.recipe, architecture)
-    names = set(recipe.flat()) & {field.name for field in dataclasses.fields(config)}
-    values = {name: getattr(config, name) for name in names}
-    return recipe.override(**values | {"batch_size": batch_size or config.batch_size})
-
-
 def distill(config: DistillConfig) -> Path:
     """Distil a teacher into a student; see `DistillConfig`.
 
@@ -143,8 +131,8 @@ def distill(config: DistillConfig) -> Path:
     named: dict[str, Any] = {"field": "--student", "architecture": config.student_arch}
     probe: Any = probe_backbone(config.student, **named, **student_args)
     check_plain(probe, config.student, field="--student")
-    architecture = probe.pretrained_cfg["architecture"]
-    recipe = resolve_recipe(config, architecture)
+    table = find_recipe(DISTILLATION, config.recipe, probe.pretrained_cfg["architecture"])
+    apply_flags(table, config)  # refuses what cannot be, before anything is read
     image_size = parse_size("--image-size", config.image_size) or nominal_size(probe)
     grid = patch_grid(probe, image_size)
     teacher_size = agreeing_size(
@@ -153,16 +141,13 @@ def distill(config: DistillConfig) -> Path:
         architecture=config.teacher_arch,
         image_size=parse_size("--teacher-image-size", config.teacher_image_size),
     )
-    source = open_source(config.data)
+    source = open_source(config.data, config.labels)
     train_numbers, held_out_numbers = split_held_out(len(source), config.seed)
 
     accelerator = make_accelerator(config)
     parts = accelerator.num_processes * config.gradient_accumulation
-    batch_size = fit_batch(recipe.optimisation.batch_size, len(train_numbers), parts)
-    if batch_size != recipe.optimisation.batch_size:
-        logger.info("batch size %d -> %d: there are %d training images", recipe.optimisation.batch_size, batch_size,
-                    len(train_numbers))  # fmt: skip
-        recipe = resolve_recipe(config, architecture, batch_size)
+    recipe = fit_to_images(table, config, images=len(train_numbers), parts=parts)
+    per_process = recipe.optimisation.batch_size // parts
 
     resolved = {
         "command": "distill",
@@ -172,14 +157,13 @@ def distill(config: DistillConfig) -> Path:
         "student": config.student,
         "student_arch": config.student_arch,
         "student_args": list(config.student_args),
-        "data": config.data if config.data.startswith("builtin:") else str(Path(config.data).resolve()),
+        "data": resolved_data(config.data),
         "images": len(source),
         "recipe": config.recipe,
         "image_size": list(image_size),
         "teacher_image_size": list(teacher_size),
         **recipe.flat(),
-        **{field.name: getattr(config, field.name) for field in dataclasses.fields(RuntimeConfig)},
-        "precision": "bf16" if accelerator.mixed_precision == "bf16" else "fp32",
+        **resolved_runtime(config, accelerator),
     }
     run = RunFolder(config.out, resolved)
     torch.manual_seed(config.seed)  # of a teacher with random weights
@@ -200,7 +184,7 @@ def distill(config: DistillConfig) -> Path:
         logger.warning("held out: %d images only; read their numbers as rough signs", len(held_out_numbers))
     if config.dry_run:
         logger.info("machine  %s, %s", accelerator.device, resolved["precision"])
-        _describe(task, recipe, source, image_size, len(train_numbers), batch_size // parts)
+        _describe(task, recipe, source, image_size, len(train_numbers), per_process)
         return run.path
 
     run.prepare(resume=config.resume, writes=accelerator.is_main_process)
@@ -219,7 +203,7 @@ def distill(config: DistillConfig) -> Path:
         views=recipe.views,
         mask=mask,
         seed=config.seed,
-        batch_size=batch_size // parts,
+        batch_size=per_process,
         num_workers=choose_workers(config, accelerator.device),
         skipped=skipped,
     )

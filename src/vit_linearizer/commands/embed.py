@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 
 from ..contracts import UserError
 from ..data.datasets import ListedSet, SkippedList, listed_loader, to_device
-from ..data.sources import ImageSource, open_source
+from ..data.sources import ImageSource, Labels, open_source
 from ..evaluation.embedding import EmbeddingFile, names_array
 from ..models.adapters import check_plain, extract_features, nominal_size, patch_grid
 from ..training.machine import choose_device, choose_precision
@@ -36,6 +36,7 @@ class EmbedConfig(ModelConfig):
     Attributes:
         data: folder of images, searched recursively, or builtin:digits.
         out: the .npz file; a killed run of the same command goes on where it was.
+        labels: folder where subfolders are classes, whose numbers are then written too.
         dense: add the features of every patch.
         image_size: 224 or HEIGHTxWIDTH; by default the model's nominal size.
         batch_size: images at a time.
@@ -47,6 +48,7 @@ class EmbedConfig(ModelConfig):
 
     data: str
     out: str
+    labels: Labels = "none"
     dense: bool = False
     image_size: str | None = None
     batch_size: int = 32
@@ -76,7 +78,7 @@ def embed(config: EmbedConfig) -> Path:
     show_messages()
     device = choose_device(config.device)
     precision = choose_precision(device.type)[0] if config.precision == "auto" else config.precision
-    source = open_source(config.data)
+    source = open_source(config.data, config.labels)
     image_size = parse_size("--image-size", config.image_size)
     torch.manual_seed(0)  # of a model without weights, which has to be the same when a killed run goes on
     wanted: dict[str, Any] = {} if image_size is None else {"img_size": image_size}

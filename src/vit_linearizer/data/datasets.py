@@ -6,12 +6,12 @@ Unreadable files met on the way are replaced by the next readable one (the same 
 import signal
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from ..contracts import UserError
 from ..objectives import sample_mask
@@ -59,7 +59,26 @@ class SkippedList:
         return lines
 
 
-def _read_or_next(source: ImageSource, numbers: np.ndarray, place: int, skipped: SkippedList) -> tuple[Any, int]:
+class Readable(Protocol):
+    """Whatever has pictures by number, alone or with masks."""
+
+    def name(self, index: int) -> str: ...
+
+    def read(self, index: int) -> Any: ...
+
+
+def read_or_next(source: Readable, numbers: np.ndarray, place: int, skipped: SkippedList) -> tuple[Any, int]:
+    """What stands in a place, or the next that can be read, the same one in every process; and its number.
+
+    Args:
+        source: of the pictures.
+        numbers: of the pictures that take part.
+        place: in ``numbers``.
+        skipped: where unreadable ones are listed.
+
+    Raises:
+        UserError: none can be read.
+    """
     for offset in range(len(numbers)):
         index = int(numbers[(place + offset) % len(numbers)])
         try:
@@ -79,15 +98,15 @@ class TrainingSet(Dataset[dict[str, Tensor]]):
         return len(self.numbers)
 
     def __getitem__(self, draw: Draw) -> dict[str, Tensor]:  # type: ignore[override]  # the sampler gives draws
-        image, index = _read_or_next(self.source, self.numbers, draw.place, self.skipped)
+        image, index = read_or_next(self.source, self.numbers, draw.place, self.skipped)
         item = self.view(image, draw)
         if self.source.labels is not None:
             item["labels"] = torch.tensor(self.source.labels[index])
         return item
 
 
-class CentreSet(Dataset[dict[str, Tensor]]):
-    """Centre views by number, with a fixed mask each when asked: what evaluations read."""
+class CentreSet(Dataset[dict[str, Tensor] | None]):
+    """Centre views by number, with a fixed mask each when asked: what evaluations read. None for what cannot be read."""
 
     def __init__(
         self,
@@ -105,9 +124,14 @@ class CentreSet(Dataset[dict[str, Tensor]]):
     def __len__(self) -> int:
         return len(self.numbers)
 
-    def __getitem__(self, place: int) -> dict[str, Tensor]:
-        image, index = _read_or_next(self.source, self.numbers, place, self.skipped)
-        item = {"images": self.transform(image)}
+    def __getitem__(self, place: int) -> dict[str, Tensor] | None:
+        index = int(self.numbers[place])
+        try:
+            image = self.source.read(index)
+        except UnreadableImageError as problem:
+            self.skipped.add(self.source.name(index), str(problem))
+            return None
+        item = {"images": self.transform(image), "numbers": torch.tensor(index)}
         if self.mask is not None:
             rng = np.random.default_rng([index, 2])
             item["mask"] = torch.from_numpy(sample_mask(self.mask.grid, self.mask.ratio, self.mask.masking, rng))
@@ -141,7 +165,7 @@ def listed_loader(dataset: ListedSet, *, batch_size: int, num_workers: int = 0) 
         batch_size=batch_size,
         num_workers=num_workers,
         collate_fn=_collate_listed,
-        worker_init_fn=_leave_signals_to_parent,
+        worker_init_fn=leave_signals_to_parent,
     )
 
 
@@ -154,7 +178,7 @@ def _collate_listed(items: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def training_loader(dataset: TrainingSet, sampler: StepSampler, *, num_workers: int, pin_memory: bool) -> DataLoader:
+def training_loader(dataset: Dataset[dict[str, Tensor]], sampler: StepSampler, *, num_workers: int, pin_memory: bool) -> DataLoader:
     """Batches of this process in step order; images are uint8 ``[B, 3, H, W]``."""
     return DataLoader(
         dataset,
@@ -163,19 +187,45 @@ def training_loader(dataset: TrainingSet, sampler: StepSampler, *, num_workers: 
         pin_memory=pin_memory,
         persistent_workers=num_workers > 0,
         prefetch_factor=4 if num_workers else None,
-        worker_init_fn=_leave_signals_to_parent,
+        worker_init_fn=leave_signals_to_parent,
     )
 
 
-def _leave_signals_to_parent(_worker: int) -> None:
-    """Ctrl-C reaches every process of a terminal; only the training one decides what it means."""
+def leave_signals_to_parent(_worker: int) -> None:
+    """For a loader's processes: Ctrl-C reaches all of a terminal; only the training one decides what it means."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def centre_loader(dataset: CentreSet, *, batch_size: int, num_workers: int = 0) -> DataLoader:
-    """All pictures once, in order."""
-    return DataLoader(dataset, batch_size=batch_size, num_workers=num_workers)
+    """All readable pictures once, in order; others are left out, so that no score counts a picture twice.
+
+    Raises:
+        UserError: while going through it, when there was none.
+    """
+    return _ReadableLoader(
+        dataset,
+        batch_size=batch_size,
+        num_workers=num_workers,
+        collate_fn=_collate_readable,
+        worker_init_fn=leave_signals_to_parent,
+    )
+
+
+class _ReadableLoader(DataLoader):
+    def __iter__(self) -> Any:
+        empty = len(self.dataset) > 0  # type: ignore[arg-type]  # it has a length
+        for batch in super().__iter__():
+            if batch is not None:
+                empty = False
+                yield batch
+        if empty:
+            raise UserError("--data", "held-out images", "none of them can be read; see skipped.txt")
+
+
+def _collate_readable(items: list[dict[str, Tensor] | None]) -> dict[str, Tensor] | None:
+    read = [item for item in items if item is not None]
+    return default_collate(read) if read else None
 
 
 def to_device(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:

@@ -62,9 +62,9 @@ def scan_folder(folder: Path) -> tuple[list[Path], list[tuple[Path, str]]]:
     """
     if not folder.is_dir():
         raise UserError("--data", folder, "no such folder; give a folder of images, or builtin:digits")
-    paths = sorted(_walk(folder), key=lambda path: path.as_posix())
+    paths = sorted(walk_images(folder), key=lambda path: path.as_posix())
     with ThreadPoolExecutor(max_workers=min(32, 4 * (os.cpu_count() or 1))) as pool:
-        reasons = list(pool.map(lambda path: _header_problem(folder / path), paths))
+        reasons = list(pool.map(lambda path: header_problem(folder / path), paths))
     readable = [path for path, reason in zip(paths, reasons, strict=True) if reason is None]
     skipped = [(path, reason) for path, reason in zip(paths, reasons, strict=True) if reason is not None]
     if not readable:
@@ -73,7 +73,8 @@ def scan_folder(folder: Path) -> tuple[list[Path], list[tuple[Path, str]]]:
     return readable, skipped
 
 
-def _walk(folder: Path) -> Iterator[Path]:
+def walk_images(folder: Path) -> Iterator[Path]:
+    """Image files of a folder by their names, relative to it, in no order that means anything; links are followed once."""
     seen = set()
     for current, folders, files in os.walk(folder, followlinks=True):
         real = os.path.realpath(current)
@@ -87,7 +88,8 @@ def _walk(folder: Path) -> Iterator[Path]:
                 yield Path(current, name).relative_to(folder)
 
 
-def _header_problem(path: Path) -> str | None:
+def header_problem(path: Path) -> str | None:
+    """Why a file is no image, from its first bytes, in one line; None where it looks like one."""
     try:
         with Image.open(path):
             return None

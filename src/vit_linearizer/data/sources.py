@@ -1,8 +1,9 @@
 """Where pictures come from: a folder of files, or the handwritten digits that ship with scikit-learn."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 from PIL import Image
@@ -11,6 +12,9 @@ from ..contracts import UserError, did_you_mean
 from .images import read_image, scan_folder
 
 BUILTIN = ("builtin:digits", "builtin:digits-train", "builtin:digits-test")
+
+#: What the subfolders of a folder of images mean.
+Labels = Literal["none", "folder"]
 
 #: Digits of `builtin:digits-test` are every image whose shuffled place is in the first fifth of its class.
 _DIGITS_TEST_SHARE = 0.2
@@ -59,6 +63,33 @@ class FolderSource:
         return read_image(self.folder / self.paths[index])
 
 
+class ClassFolderSource(FolderSource):
+    """A folder of class folders: what stands under ``cat/``, at any depth, is a cat.
+
+    Args:
+        folder: holds one folder a class.
+        classes: their names in the order of their numbers; by default all there are, sorted.
+
+    Raises:
+        UserError: no class folders, or one that is not among the classes.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], classes: Sequence[str] | None = None):
+        super().__init__(folder)
+        loose = [path for path in self.paths if len(path.parts) == 1]
+        self.skipped += [(path.as_posix(), "in no class folder") for path in loose]
+        self.paths = [path for path in self.paths if len(path.parts) > 1]
+        names = [path.parts[0] for path in self.paths]
+        if not names:
+            raise UserError("--data", folder, "holds no class folders with images; expected CLASS/IMAGE files")
+        self.classes = tuple(classes or sorted(set(names)))
+        number = {name: index for index, name in enumerate(self.classes)}
+        if unknown := sorted(set(names) - number.keys()):
+            known = f"{len(self.classes)} classes, {', '.join(self.classes[:3])}, ..."
+            raise UserError("--data", Path(folder) / unknown[0], f"is no class folder of the training images ({known})")
+        self.labels = np.array([number[name] for name in names])
+
+
 class DigitsSource:
     """The 1797 handwritten digits (8x8 pixels) of scikit-learn, as RGB pictures of 32x32 pixels.
 
@@ -82,6 +113,7 @@ class DigitsSource:
         self._pictures = [Image.fromarray(p).resize(size, Image.Resampling.BICUBIC).convert("RGB") for p in pixels]
         self.labels: np.ndarray | None = digits.target[chosen].astype(np.int64)
         self.skipped: list[tuple[str, str]] = []
+        self.classes = tuple(str(digit) for digit in digits.target_names)
         self._ids = chosen
 
     def __len__(self) -> int:
@@ -94,8 +126,12 @@ class DigitsSource:
         return self._pictures[index]
 
 
-def open_source(data: str) -> ImageSource:
+def open_source(data: str, labels: Labels = "none") -> ImageSource:
     """The pictures that ``--data`` names: a folder, or one of ``builtin:digits``, ``-train`` and ``-test``.
+
+    Args:
+        data: of the command.
+        labels: ``folder`` when its subfolders are classes; ``none`` looks at the pictures alone.
 
     Raises:
         UserError: no such folder or built-in set, or nothing readable in it.
@@ -104,4 +140,4 @@ def open_source(data: str) -> ImageSource:
         if data not in BUILTIN:
             raise UserError("--data", data, f"unknown built-in data{did_you_mean(data, BUILTIN)}")
         return DigitsSource(data.partition("-")[2] or None)
-    return FolderSource(data)
+    return ClassFolderSource(data) if labels == "folder" else FolderSource(data)

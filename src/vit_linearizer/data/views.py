@@ -1,7 +1,7 @@
 """What a model is shown of a picture: crops, flips and colours, and the patches that are hidden.
 
 Source: ThreeAugment of DeiT-III (arXiv 2204.07118), through timm's ``3a`` policy: a random resized crop, a flip, one of
-grey, solarised or blurred, and colour jitter 0.3. Every random choice depends on (seed, epoch, picture, repeat) alone.
+grey, solarised or blurred, and colour jitter 0.3. RandAugment (arXiv 1909.13719) is timm's too. Every random choice depends on (seed, epoch, picture, repeat) alone.
 """
 
 import contextlib
@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 from timm.data import create_transform
+from timm.data.auto_augment import RandAugment, posterize
 from torch import Tensor
 from torchvision.transforms import Compose, InterpolationMode, RandomAffine
 
@@ -21,9 +22,11 @@ from ..contracts import UserError
 from ..objectives import Masking, sample_mask
 from .sampler import Draw
 
-Augmentation = Literal["three", "crop", "affine", "none"]
+Augmentation = Literal["three", "rand", "crop", "affine", "none"]
 
 
+#: timm's names.
+_POLICIES = {"three": "3a", "rand": "rand-m9-mstd0.5-inc1"}
 #: Of ``affine``: degrees, and shares of the picture's side.
 _TURN, _SHIFT, _ZOOM = 12, 0.1, 0.1
 
@@ -33,8 +36,9 @@ class ViewConfig:
     """How a picture becomes a training view.
 
     Attributes:
-        augmentation: ``three`` (ThreeAugment), ``crop`` (crop and flip alone), ``affine`` (small turns, shifts and zooms,
-            for pictures such as digits that a crop or a mirror would turn into something else) or ``none`` (the centre).
+        augmentation: ``three`` (ThreeAugment), ``rand`` (RandAugment as timm's rand-m9-mstd0.5-inc1), ``crop`` (crop and
+            flip alone), ``affine`` (small turns, shifts and zooms, for pictures such as digits that a crop or a mirror
+            would turn into something else) or ``none`` (the centre).
         smallest_crop: smallest share of the picture's area that a crop keeps.
         horizontal_flip: probability of a mirror image.
         repeats: draws of a picture in a row (repeated augmentation).
@@ -82,19 +86,28 @@ class TrainingView:
             is_training=True,
             scale=(config.smallest_crop, 1.0),
             hflip=config.horizontal_flip,
-            auto_augment="3a" if config.augmentation == "three" else None,
+            auto_augment=_POLICIES.get(config.augmentation),
             color_jitter=0.3 if config.augmentation == "three" else None,  # type: ignore[arg-type]  # timm takes None
             interpolation="bicubic",
             normalize=False,
         )
+        for step in self.transform.transforms:
+            for operation in step.ops if isinstance(step, RandAugment) else ():
+                if operation.aug_fn is posterize:
+                    operation.aug_fn = _posterize
 
     def __call__(self, image: Image.Image, draw: Draw) -> dict[str, Tensor]:
-        with _seeded(self.seed, *draw):
+        with seeded(self.seed, *draw):
             view = {"images": self.transform(image)}
         if self.mask is not None:
             rng = np.random.default_rng([self.seed, *draw, 1])
             view["mask"] = torch.from_numpy(sample_mask(self.mask.grid, self.mask.ratio, self.mask.masking, rng))
         return view
+
+
+def _posterize(image: Image.Image, bits: int, **kwargs: Any) -> Image.Image:
+    """timm's, but never to 0 bits, which its noise on the magnitude asks for now and then and Pillow refuses."""
+    return posterize(image, max(1, bits), **kwargs)
 
 
 def centre_transform(image_size: tuple[int, int]) -> Any:
@@ -103,7 +116,7 @@ def centre_transform(image_size: tuple[int, int]) -> Any:
 
 
 @contextlib.contextmanager
-def _seeded(*key: int) -> Iterator[None]:
+def seeded(*key: int) -> Iterator[None]:
     """Seed the generators that timm's and torchvision's transforms draw from, and give them back as they were."""
     states = random.getstate(), np.random.get_state(), torch.default_generator.get_state()
     first, second, third = (int(word) for word in np.random.SeedSequence(key).generate_state(3))

@@ -1,4 +1,7 @@
-"""How close a student is to its teacher, without labels."""
+"""How close a student is to its teacher, without labels: maps stage by stage, and what its final tokens say of the teacher's.
+
+Sources: the activation maps of ViT-Linearizer (arXiv 2504.00037, eq. 4); linear CKA (arXiv 1905.00414, section 3).
+"""
 
 import torch
 import torch.nn.functional as F
@@ -6,6 +9,9 @@ from torch import Tensor
 
 from ..contracts import Features
 from ..objectives import activation_map
+
+#: Tokens that enter the comparison of final tokens, over all images; at least so many of each image.
+_TOKENS, _LEAST_TOKENS = 8192, 16
 
 
 def activation_agreement(student: Features, teacher: Features) -> Tensor:
@@ -44,3 +50,50 @@ def readout_cosine(student: Tensor, teacher: Tensor, *, ridge: float = 1e-3) -> 
     strength = ridge * gram.diagonal().mean().clamp_min(1e-12)
     weights = torch.linalg.solve(gram + strength * torch.eye(len(gram), dtype=gram.dtype), x[:half].T @ y[:half])
     return float(F.cosine_similarity(x[half:] @ weights, y[half:], dim=1).mean())
+
+
+def linear_cka(student: Tensor, teacher: Tensor) -> float:
+    """Linear centred kernel alignment of two sets of features of the same things.
+
+    Args:
+        student: ``[N, D_s]``.
+        teacher: ``[N, D_t]``.
+
+    Returns:
+        In [0, 1]; 1 where one is a rotation, shift and scaling of the other. 0 where either does not vary.
+    """
+    x, y = (features.double() - features.double().mean(0) for features in (student, teacher))
+    scale = (x.T @ x).norm() * (y.T @ y).norm()
+    return float((y.T @ x).square().sum() / scale) if scale > 0 else 0.0
+
+
+class FidelityMeter:
+    """Collects batches of `Features` of both models, over whole images.
+
+    Args:
+        images: how many there will be: the tokens kept of each are so many that all together stay few.
+    """
+
+    def __init__(self, images: int):
+        self._kept = max(_LEAST_TOKENS, _TOKENS // max(1, images))
+        self._agreements: list[Tensor] = []
+        self._student: list[Tensor] = []
+        self._teacher: list[Tensor] = []
+
+    def update(self, student: Features, teacher: Features) -> None:
+        """Add a batch; both have the same stages and grid."""
+        size = len(student.tokens)
+        self._agreements.append(size * activation_agreement(student, teacher).double().cpu())
+        chosen = torch.randperm(student.tokens.shape[1], generator=torch.Generator().manual_seed(0))[: self._kept]
+        self._student.append(student.tokens[:, chosen].float().cpu())
+        self._teacher.append(teacher.tokens[:, chosen].float().cpu())
+
+    def scores(self) -> dict[str, float]:
+        """``agreement_stage1..K`` (`activation_agreement`), ``final_cosine`` (`readout_cosine`), ``cka`` (`linear_cka`)."""
+        student, teacher = torch.cat(self._student), torch.cat(self._teacher)
+        agreements = torch.stack(self._agreements).sum(0) / len(student)
+        scores = {f"agreement_stage{number}": float(value) for number, value in enumerate(agreements, start=1)}
+        if student.shape[0] * student.shape[1] > 1:
+            scores["final_cosine"] = readout_cosine(student, teacher)
+            scores["cka"] = linear_cka(student.flatten(0, 1), teacher.flatten(0, 1))
+        return scores

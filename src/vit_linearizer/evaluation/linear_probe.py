@@ -6,16 +6,20 @@ default (C = 1), never tuned.
 
 import numpy as np
 from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import make_pipeline
+from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
 
+def fit_linear_probe(train: Tensor, train_labels: Tensor) -> Pipeline:
+    """Fit on ``[M, D]`` features with ``[M]`` labels; its ``predict`` takes an ``[N, D]`` array."""
+    probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000))
+    return probe.fit(train.numpy(), train_labels.numpy())
+
+
 def linear_probe_accuracy(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor) -> float:
     """Fit on ``[M, D]`` features and score on ``[N, D]``, in percent."""
-    probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000))
-    probe.fit(train.numpy(), train_labels.numpy())
-    return 100 * float(probe.score(test.numpy(), test_labels.numpy()))
+    return 100 * float(fit_linear_probe(train, train_labels).score(test.numpy(), test_labels.numpy()))
 
 
 def few_shot_accuracy(

@@ -1,28 +1,41 @@
-"""The papers' tables as values, by name. A recipe is a function of the student's architecture: tables differ by size."""
+"""The papers' tables as values, by name. A recipe is a function of the architecture, since tables differ by size."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import TypeVar
 
 from ..contracts import UserError, did_you_mean
-from .base import DistillationRecipe
-from .linearizer import digits, linearizer, regression, smoke
+from .base import ClassificationRecipe, DistillationRecipe, Recipe, SegmentationRecipe
+from .finetuning import FINE_TUNING, finetuning_recipe
+from .linearizer import DISTILLATION
+from .segmentation import SEGMENTATION
 
-RECIPES: dict[str, Callable[[str], DistillationRecipe]] = {
-    "linearizer": linearizer,
-    "regression": regression,
-    "digits": digits,
-    "smoke": smoke,
-}
+R = TypeVar("R", bound=Recipe)
 
 
-def find_recipe(name: str, architecture: str) -> DistillationRecipe:
-    """A recipe by name, for a student of an architecture (its timm name).
+def find_recipe(recipes: Mapping[str, Callable[[str], R]], name: str, architecture: str) -> R:
+    """A recipe by name, for a model of an architecture (its timm name).
+
+    Args:
+        recipes: those of one kind of training, e.g. `DISTILLATION`.
+        name: of the recipe.
+        architecture: of the model that is trained.
 
     Raises:
         UserError: there is none of that name.
     """
-    if name not in RECIPES:
-        raise UserError("--recipe", name, f"unknown recipe; there are {', '.join(RECIPES)}{did_you_mean(name, RECIPES)}")
-    return RECIPES[name](architecture)
+    if name not in recipes:
+        raise UserError("--recipe", name, f"unknown recipe; there are {', '.join(recipes)}{did_you_mean(name, recipes)}")
+    return recipes[name](architecture)
 
 
-__all__ = ["RECIPES", "DistillationRecipe", "find_recipe"]
+__all__ = [
+    "DISTILLATION",
+    "FINE_TUNING",
+    "SEGMENTATION",
+    "ClassificationRecipe",
+    "DistillationRecipe",
+    "Recipe",
+    "SegmentationRecipe",
+    "find_recipe",
+    "finetuning_recipe",
+]

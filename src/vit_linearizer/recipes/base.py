@@ -2,32 +2,29 @@
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
+from ..data.segmentation import SegmentationViewConfig
 from ..data.views import ViewConfig
-from ..tasks import DistillationConfig
+from ..tasks import ClassificationConfig, DistillationConfig, SegmentationConfig
 from ..training.config import OptimisationConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class DistillationRecipe:
-    """Everything about a distillation that is not teacher, student, data or machine.
+class Recipe:
+    """Everything about a training that is not models, data or machine; a kind of training adds its own parts.
 
     Attributes:
         optimisation: schedule and optimiser.
-        views: what of a picture is shown.
-        objectives: what the student is trained towards.
-        drop_path: of the student's last block.
+        drop_path: of the trained model's last block.
         scales_learning_rate: whether learning rates follow the square root of the batch size over the recipe's.
     """
 
     optimisation: OptimisationConfig
-    views: ViewConfig
-    objectives: DistillationConfig
     drop_path: float
     scales_learning_rate: bool = True
 
-    def override(self, **values: Any) -> "DistillationRecipe":
+    def override(self, **values: Any) -> Self:
         """A copy with other values, each found by its name in whichever part has it; None leaves a value as it is.
 
         A batch size without a learning rate scales the learning rates when the recipe says so.
@@ -50,7 +47,7 @@ class DistillationRecipe:
             raise TypeError(f"no such value in a recipe: {', '.join(given)}")
         return dataclasses.replace(recipe, **parts)
 
-    def at_batch_size(self, batch_size: int) -> "DistillationRecipe":
+    def at_batch_size(self, batch_size: int) -> Self:
         """The same recipe at another batch size, its learning rates scaled by the square root (timm's rule for Adam)."""
         old = self.optimisation
         factor = (batch_size / old.batch_size) ** 0.5 if self.scales_learning_rate and batch_size > 0 else 1.0
@@ -70,3 +67,42 @@ class DistillationRecipe:
             is_part = dataclasses.is_dataclass(part) and not isinstance(part, type)
             values.update(dataclasses.asdict(part) if is_part else {field.name: part})
         return values
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillationRecipe(Recipe):
+    """A distillation.
+
+    Attributes:
+        views: what of a picture is shown.
+        objectives: what the student is trained towards.
+    """
+
+    views: ViewConfig
+    objectives: DistillationConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassificationRecipe(Recipe):
+    """A supervised training for classification.
+
+    Attributes:
+        views: what of a picture is shown.
+        objectives: the loss.
+    """
+
+    views: ViewConfig
+    objectives: ClassificationConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class SegmentationRecipe(Recipe):
+    """A supervised training for semantic segmentation.
+
+    Attributes:
+        views: what of a picture and its mask is shown.
+        objectives: the head, its loss, and how pictures are judged.
+    """
+
+    views: SegmentationViewConfig
+    objectives: SegmentationConfig

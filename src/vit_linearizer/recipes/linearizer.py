@@ -7,6 +7,7 @@ The paper reaches 84.3 % ImageNet top-1 with that after fine-tuning. Not in the 
 augmentation, and drop path rising linearly over the blocks.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 
 from ..data.views import ViewConfig
@@ -76,3 +77,11 @@ def smoke(architecture: str) -> DistillationRecipe:
         epochs=1, batch_size=4, learning_rate=1e-3, minimum_learning_rate=1e-5, warmup_epochs=0
     )
     return replace(linearizer(architecture), optimisation=optimisation, scales_learning_rate=False)
+
+
+DISTILLATION: dict[str, Callable[[str], DistillationRecipe]] = {
+    "linearizer": linearizer,
+    "regression": regression,
+    "digits": digits,
+    "smoke": smoke,
+}

@@ -1,7 +1,16 @@
 """What one training step does: images in, loss out, and how the result is judged on held-out images."""
 
 from .base import Task
-from .classification import Classification
+from .classification import Classification, ClassificationConfig
 from .distillation import Distillation, DistillationConfig
+from .segmentation import Segmentation, SegmentationConfig
 
-__all__ = ["Classification", "Distillation", "DistillationConfig", "Task"]
+__all__ = [
+    "Classification",
+    "ClassificationConfig",
+    "Distillation",
+    "DistillationConfig",
+    "Segmentation",
+    "SegmentationConfig",
+    "Task",
+]

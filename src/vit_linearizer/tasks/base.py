@@ -1,6 +1,8 @@
 """What the training loop needs to know of a task, and nothing more."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,6 +11,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ..contracts import LossOutput
+from ..models.layer_groups import layers_below
+from ..models.loading import save_model_folder
 
 
 class Task(nn.Module, ABC):
@@ -32,8 +36,11 @@ class Task(nn.Module, ABC):
         """Loss of one batch (images in [0, 1]); all terms are means over the batch."""
 
     @abstractmethod
-    def evaluate(self, held_out: DataLoader, bank: DataLoader | None, device: torch.device) -> dict[str, float]:
-        """Metrics on held-out pictures; ``bank`` holds labelled training pictures where there are labels."""
+    def evaluate(self, held_out: DataLoader, bank: DataLoader | None, device: torch.device) -> dict[str, Any]:
+        """Metrics on held-out pictures; ``bank`` holds labelled training pictures where there are labels.
+
+        Numbers go into the run's metrics; what else there is (a score of every class) into its ``evaluation.json`` alone.
+        """
 
     @abstractmethod
     def compile_blocks(self) -> None:
@@ -42,9 +49,24 @@ class Task(nn.Module, ABC):
     def to_other_devices(self, device: torch.device) -> None:
         """Move what is no part of the module (a teacher) to the device of the training."""
 
-    @abstractmethod
+    def save(self, folder: Path) -> None:
+        """Write what the run leaves behind, in timm's folder format."""
+        save_model_folder(self.backbone, folder)
+
     def no_weight_decay(self) -> set[str]:
-        """Names of parameters without weight decay, beyond norms and biases (timm's convention)."""
+        """Names of parameters without weight decay, beyond norms and biases (timm's convention): the backbone's."""
+        return {self._backbone_prefix + name for name in self.backbone.no_weight_decay()}  # type: ignore[operator]
+
+    def group_matcher(self, coarse: bool = False) -> Callable[[str], tuple[float]]:
+        """Layer of each parameter, for a learning rate that decays from layer to layer (timm's convention).
+
+        The backbone's layers are its own; all else stands behind its last one.
+        """
+        return layers_below(self._backbone_prefix, self.backbone, coarse=coarse)
+
+    @property
+    def _backbone_prefix(self) -> str:
+        return next(name for name, module in self.named_modules() if module is self.backbone) + "."
 
 
 def compile_each_block(model: nn.Module, **options: Any) -> None:

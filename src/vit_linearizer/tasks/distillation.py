@@ -16,14 +16,11 @@ from torch.utils.data import DataLoader
 
 from ..contracts import Features, LossOutput, UserError
 from ..data.datasets import to_device
-from ..evaluation import activation_agreement, collect_features, knn_accuracy, readout_cosine
+from ..evaluation import FidelityMeter, collect_features, knn_accuracy
 from ..models.adapters import extract_features, stage_ends
 from ..models.teacher import Teacher
 from ..objectives import FeatureRegression, MaskedPrediction, Masking, MatchedTokens, Target, activation_matching
 from .base import Task, compile_each_block
-
-#: Tokens that enter the read-out cosine, over all held-out images; at least so many of each image.
-_READOUT_TOKENS, _READOUT_LEAST = 8192, 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,7 +121,7 @@ class Distillation(Task):
         compile_each_block(self.teacher.model)
 
     def no_weight_decay(self) -> set[str]:
-        return {"mask_token"} | {f"student.{name}" for name in self.student.no_weight_decay()}  # type: ignore[operator]
+        return {"mask_token"} | super().no_weight_decay()
 
     def forward(self, batch: dict[str, Tensor]) -> LossOutput:
         """Loss of images ``[B, 3, H, W]`` in [0, 1] under masks ``[B, N]`` (True where the student sees the mask token)."""
@@ -157,14 +154,14 @@ class Distillation(Task):
         """Losses under fixed masks, and the label-free signs that it works, on whole images.
 
         Returns:
-            ``loss`` and each term; ``agreement_stage1..K`` (see `activation_agreement`); ``masked_cosine`` (predicted
-            against true teacher tokens at masked places); ``final_cosine`` (see `readout_cosine`); ``knn`` in percent
-            when ``bank`` is given.
+            ``loss`` and each term; ``masked_cosine`` (predicted against true teacher tokens at masked places); what
+            `FidelityMeter` says; ``knn`` in percent when ``bank`` is given.
         """
         self.eval()
         sums: dict[str, float] = {}
         images = 0
-        student_tokens, teacher_tokens, pooled, labels = [], [], [], []
+        meter = FidelityMeter(len(held_out.dataset))  # type: ignore[arg-type]  # it has a length
+        pooled, labels = [], []
         for batch in held_out:
             batch = to_device(batch, device)
             size = len(batch["images"])
@@ -176,22 +173,15 @@ class Distillation(Task):
             if self.masked_prediction is not None and mask is not None:
                 prediction, target = self.masked_prediction.pairs(student, teacher, mask)
                 values["masked_cosine"] = F.cosine_similarity(prediction.float(), target.float(), dim=1).mean()
-            whole = student if mask is None else extract_features(self.student, batch["images"], stages=self.config.stages)
-            for number, value in enumerate(activation_agreement(whole, teacher), start=1):
-                values[f"agreement_stage{number}"] = value
             for name, value in values.items():
                 sums[name] = sums.get(name, 0.0) + size * float(value)
             images += size
-            count = max(_READOUT_LEAST, _READOUT_TOKENS // len(held_out.dataset))  # type: ignore[arg-type]
-            chosen = torch.randperm(whole.tokens.shape[1], generator=torch.Generator().manual_seed(0))[:count]
-            student_tokens.append(whole.tokens[:, chosen].float().cpu())
-            teacher_tokens.append(teacher.tokens[:, chosen].float().cpu())
+            whole = student if mask is None else extract_features(self.student, batch["images"], stages=self.config.stages)
+            meter.update(whole, teacher)
             pooled.append(whole.pooled.float().cpu())
             if "labels" in batch:
                 labels.append(batch["labels"].cpu())
-        metrics = {name: total / images for name, total in sums.items()}
-        if images * student_tokens[0].shape[1] > 1:
-            metrics["final_cosine"] = readout_cosine(torch.cat(student_tokens), torch.cat(teacher_tokens))
+        metrics = {**{name: total / images for name, total in sums.items()}, **meter.scores()}
         if bank is not None:
             features, bank_labels = collect_features(self.student, bank, device)
             metrics["knn"] = knn_accuracy(features, bank_labels, torch.cat(pooled), torch.cat(labels))

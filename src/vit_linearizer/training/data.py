@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 import numpy as np
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from ..data.datasets import CentreSet, SkippedList, TrainingSet, centre_loader
 from ..data.sources import ImageSource
@@ -24,7 +24,7 @@ class TrainingData:
         bank: labelled centre views of training pictures, or None where there are no labels.
     """
 
-    training: TrainingSet
+    training: Dataset
     repeats: int
     held_out: DataLoader
     bank: DataLoader | None

@@ -22,13 +22,12 @@ from accelerate.utils import DistributedDataParallelKwargs
 from ..contracts import UserError
 from ..data.datasets import SkippedList, to_device, training_loader
 from ..data.sampler import StepSampler, steps_per_epoch
-from ..models.loading import save_model_folder
 from ..tasks import Task
 from .checkpoint import Progress, load_checkpoint, save_checkpoint
 from .config import OptimisationConfig, RuntimeConfig
 from .data import TrainingData
 from .machine import choose_workers, memory_gib
-from .optimiser import make_optimizer, make_schedule, total_steps
+from .optimiser import intervals, make_optimizer, make_schedule, total_steps
 from .progress import ProgressLine, duration
 from .run_folder import MetricsWriter, RunFolder
 
@@ -46,7 +45,7 @@ def train(
     accelerator: Accelerator,
     *,
     title: str,
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """Train a task, leaving checkpoints, metrics and the best weights in the run folder.
 
     Returns:
@@ -55,13 +54,16 @@ def train(
     Raises:
         UserError: a loss that is not finite; the last good checkpoint stays.
     """
-    images = len(data.training)
+    images = len(data.training)  # type: ignore[arg-type]  # it has a length
     per_epoch, total = steps_per_epoch(images, optimisation.batch_size), total_steps(optimisation, images)
+    evaluate_steps, save_steps = intervals(optimisation, runtime, images)
     task.to_other_devices(accelerator.device)
     if runtime.gradient_checkpointing:
         task.backbone.set_grad_checkpointing(True)  # type: ignore[operator]
     if runtime.compile:
         task.compile_blocks()
+    if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
+        nn.SyncBatchNorm.convert_sync_batchnorm(task)  # in place; on a CPU it does not run
     optimizer = make_optimizer(task, optimisation)
     schedule = make_schedule(optimizer, optimisation, images)
     if not task.uses_every_parameter:
@@ -100,16 +102,17 @@ def train(
     def evaluate() -> None:
         with torch.compiler.set_stance("force_eager"):  # its shapes and modes would each be compiled anew
             values = task.evaluate(data.held_out, data.bank, accelerator.device)  # in fp32, whatever the training does
-        metrics.write(progress.step, "held_out", {"epoch": progress.step / per_epoch, **values})
-        logger.info("held out, step %d: %s", progress.step, "  ".join(f"{k} {v:.4g}" for k, v in values.items()))
+        numbers = {name: value for name, value in values.items() if isinstance(value, int | float)}
+        metrics.write(progress.step, "held_out", {"epoch": progress.step / per_epoch, **numbers})
+        logger.info("held out, step %d: %s", progress.step, "  ".join(f"{k} {v:.4g}" for k, v in numbers.items()))
         name, lower = task.score
         score = values[name] if lower else -values[name]
         if not math.isfinite(score):
             raise UserError("held-out loss", f"{values[name]} at step {progress.step}", _NOT_FINITE)
-        if progress.step > 0 and (progress.best_score is None or score < progress.best_score):
+        if progress.step > 0 and (progress.best_score is None or score <= progress.best_score):  # of equals the latest
             progress.best_score, progress.best_step = score, progress.step
             if run.writes:
-                save_model_folder(task.backbone, run.model)
+                task.save(run.model)
                 run.write_evaluation({"step": progress.step, **values})
             save_checkpoint(run.checkpoints / "best.pt", model, raw_optimizer, progress, writes=run.writes)
 
@@ -140,12 +143,11 @@ def train(
                     metrics.write(progress.step, "train", {**values, **speed, "memory_gib": memory_gib(accelerator.device)})
                 shown = {name: speed[name] for name in ("images_per_second", "data_wait")}
                 line.update(progress.step, loss=terms["loss"], **shown)
-                epochs, beyond = divmod(progress.step, per_epoch)
-                if progress.step == total or (beyond == 0 and epochs % runtime.evaluate_every == 0):
+                if progress.step == total or progress.step % evaluate_steps == 0:
                     with clock.paused():
                         evaluate()
                         save()
-                elif beyond == 0 or _agree(accelerator, time.monotonic() - saved_at > 60 * runtime.checkpoint_minutes):
+                elif progress.step % save_steps == 0 or _agree(accelerator, time.monotonic() - saved_at > 60 * runtime.checkpoint_minutes):
                     save()
                 if stop.agreed:
                     save()

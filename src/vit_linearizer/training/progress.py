@@ -69,6 +69,10 @@ class ProgressLine:
             self.live.start()
         return self
 
+    def rate(self, done: int) -> float:
+        """Steps a second since the loop began, after ``done`` of all."""
+        return (done - self.first) / max(1e-9, time.perf_counter() - self.started)
+
     def update(self, done: int, *, images_per_second: float, data_wait: float, loss: float | None = None) -> None:
         """Show the state after ``done`` steps; ``data_wait`` is a share of the time."""
         if not self.shown:

@@ -115,7 +115,7 @@ class RunFolder:
         if self.writes:
             write_atomically(self.path / "evaluation.json", json.dumps(metrics, indent=2) + "\n")
 
-    def read_evaluation(self) -> dict[str, float]:
+    def read_evaluation(self) -> dict[str, Any]:
         """What `write_evaluation` wrote last."""
         return json.loads((self.path / "evaluation.json").read_text())
 

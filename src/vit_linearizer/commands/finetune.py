@@ -1,0 +1,210 @@
+"""``finetune``: a model and labelled pictures in, a classifier out. The same for student, baseline and teacher."""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from ..data.datasets import CentreSet, SkippedList, TrainingSet, centre_loader, split_held_out
+from ..data.labelled import LabelledData, choose_labelled, open_labelled
+from ..data.sources import ImageSource
+from ..data.views import Augmentation, TrainingView
+from ..evaluation.processes import own_share
+from ..models.adapters import check_plain, nominal_size, patch_grid
+from ..models.loading import probe_backbone
+from ..recipes import FINE_TUNING, ClassificationRecipe, find_recipe, finetuning_recipe
+from ..tasks import Classification
+from ..training.config import RuntimeConfig
+from ..training.data import TrainingData
+from ..training.loop import train
+from ..training.machine import choose_workers, make_accelerator
+from ..training.optimiser import total_steps
+from ..training.progress import show_messages
+from ..training.run_folder import RunFolder
+from .arguments import parse_model_args, parse_size
+from .resolution import apply_flags, fit_to_images, open_at_size, resolved_data, resolved_runtime, set_patch_size
+
+logger = logging.getLogger("vit_linearizer")
+
+_EVALUATION_BATCH = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneConfig(RuntimeConfig):
+    """Train a classifier on labelled pictures: a distilled student, a student from scratch, or a teacher.
+
+    Options without a default take the recipe's value; --dry-run prints them all.
+
+    Attributes:
+        model: run folder, timm name, hf-hub:OWNER/NAME, local-dir:FOLDER, or a weight file (with --model-arch).
+        data: folder with train/ and val/ and a folder a class in each, a folder of class folders (a twentieth is held
+            out), or builtin:digits.
+        out: folder that the run leaves its results in.
+        recipe: finetune_small, finetune_base or finetune_large (the paper; by default the one of the model's size),
+            digits or smoke.
+        model_arch: timm name of the architecture, when the model is a weight file.
+        model_args: arguments of the architecture, as name=value (e.g. flip=released).
+        model_pretrained: load a timm name's pretrained weights; --no-model-pretrained trains from scratch.
+        label_fraction: share of every class's training pictures that is used.
+        image_size: 224 or HEIGHTxWIDTH; by default the model's nominal size.
+        patch_size: side of a patch; by default the model's. Other weights are resampled to it.
+        global_pool: what the head reads, token or avg; by default as the model has it (a distilled student: avg).
+        epochs: passes over the images.
+        batch_size: global, over all processes and accumulation steps; at most the number of images.
+        learning_rate: peak; by default the recipe's, scaled by the square root of the batch size over the recipe's.
+        minimum_learning_rate: at both ends of the schedule.
+        weight_decay: of AdamW.
+        warmup_epochs: linear warm-up; in a shorter run no larger a share of it than the recipe's.
+        layer_decay: factor on the learning rate from layer to layer, last to first; 1 for none.
+        clip_norm: largest gradient norm.
+        drop_path: of the last block.
+        label_smoothing: share of the target that is spread over all classes.
+        augmentation: rand (RandAugment), three (ThreeAugment), crop, affine or none.
+        smallest_crop: smallest share of a picture that a crop keeps.
+        horizontal_flip: probability of mirroring.
+        repeats: repeated augmentation.
+        dry_run: print model, images and steps, and stop.
+        debug: show the traceback of an error.
+    """
+
+    model: str
+    data: str
+    out: str
+    recipe: str | None = None
+    model_arch: str | None = None
+    model_args: tuple[str, ...] = ()
+    model_pretrained: bool = True
+    label_fraction: float = 1.0
+    image_size: str | None = None
+    patch_size: int | None = None
+    global_pool: Literal["token", "avg"] | None = None
+    epochs: int | None = None
+    batch_size: int | None = None
+    learning_rate: float | None = None
+    minimum_learning_rate: float | None = None
+    weight_decay: float | None = None
+    warmup_epochs: float | None = None
+    layer_decay: float | None = None
+    clip_norm: float | None = None
+    drop_path: float | None = None
+    label_smoothing: float | None = None
+    augmentation: Augmentation | None = None
+    smallest_crop: float | None = None
+    horizontal_flip: float | None = None
+    repeats: int | None = None
+    dry_run: bool = False
+    debug: bool = False
+
+
+def finetune(config: FinetuneConfig) -> Path:
+    """Train a classifier; see `FinetuneConfig`.
+
+    Returns:
+        The run folder. Its ``model/`` holds the weights with the highest held-out top-1, in timm's folder format, with
+        the names of the classes; its ``checkpoints/`` the last ones too.
+
+    Raises:
+        UserError: anything in the configuration that cannot work; found before the training starts.
+    """
+    show_messages()
+    probe: Any = probe_backbone(
+        config.model,
+        field="--model",
+        architecture=config.model_arch,
+        **parse_model_args("--model-args", config.model_args),
+    )
+    check_plain(probe, config.model, field="--model")
+    architecture = probe.pretrained_cfg["architecture"]
+    name = config.recipe or finetuning_recipe(architecture)
+    table = find_recipe(FINE_TUNING, name, architecture)
+    apply_flags(table, config)  # refuses what cannot be, before anything is read
+    image_size = parse_size("--image-size", config.image_size) or nominal_size(probe)
+    if config.patch_size is not None:
+        set_patch_size(probe, config.patch_size, image_size)
+    patch_grid(probe, image_size)
+    data = open_labelled(config.data)
+    training, held_out_source, held_out = _split(data, config)
+
+    accelerator = make_accelerator(config)
+    parts = accelerator.num_processes * config.gradient_accumulation
+    recipe = fit_to_images(table, config, images=len(training), parts=parts)
+    resolved = {
+        "command": "finetune",
+        "model": config.model,
+        "model_arch": config.model_arch,
+        "model_args": list(config.model_args),
+        "model_pretrained": config.model_pretrained,
+        "data": resolved_data(config.data),
+        "images": len(training),
+        "classes": len(data.classes),
+        "label_fraction": config.label_fraction,
+        "recipe": name,
+        "image_size": list(image_size),
+        "patch_size": config.patch_size,
+        "global_pool": config.global_pool,
+        **recipe.flat(),
+        **resolved_runtime(config, accelerator),
+    }
+    run = RunFolder(config.out, resolved)
+    torch.manual_seed(config.seed)
+    chosen = {"global_pool": config.global_pool} if config.global_pool else {}
+    model: Any = open_at_size(config, image_size, num_classes=len(data.classes), drop_path_rate=recipe.drop_path, **chosen)
+    model.pretrained_cfg |= {"num_classes": len(data.classes), "label_names": list(data.classes)}
+    task = Classification(model, recipe.objectives)
+    if config.dry_run:
+        _describe(task, recipe, data, image_size, len(training), len(held_out))
+        return run.path
+
+    run.prepare(resume=config.resume, writes=accelerator.is_main_process)
+    skipped = SkippedList(run.skipped)
+    if accelerator.is_main_process:
+        for source in {id(source): source for source in (data.training, held_out_source)}.values():
+            for file, reason in source.skipped:
+                skipped.add(file, reason)
+    view = TrainingView(image_size, recipe.views, None, seed=config.seed)
+    workers = choose_workers(config, accelerator.device)
+    centre = CentreSet(held_out_source, own_share(held_out), image_size, skipped=skipped)
+    loaded = TrainingData(
+        training=TrainingSet(data.training, training, view, skipped),
+        repeats=recipe.views.repeats,
+        held_out=centre_loader(centre, batch_size=_EVALUATION_BATCH, num_workers=workers),
+        bank=None,
+    )
+    with run.logging_to_file():
+        logger.info("%s on %d images of %d classes (%d held out), %s", config.model, len(training), len(data.classes),
+                    len(held_out), accelerator.device)  # fmt: skip
+        train(task, loaded, recipe.optimisation, config, run, accelerator, title="fine-tuning")
+        logger.info("classifier: %s", run.model)
+    return run.path
+
+
+def _split(data: LabelledData, config: FinetuneConfig) -> tuple[np.ndarray, ImageSource, np.ndarray]:
+    """Numbers of the training pictures; the source of those to judge by, and their numbers."""
+    labels = data.training.labels
+    assert labels is not None
+    if data.validation is not None:
+        training, source, held_out = np.arange(len(labels)), data.validation, np.arange(len(data.validation))
+    else:
+        (training, held_out), source = split_held_out(len(labels), config.seed), data.training
+    return training[choose_labelled(labels[training], config.label_fraction, config.seed)], source, held_out
+
+
+def _describe(
+    task: Classification,
+    recipe: ClassificationRecipe,
+    data: LabelledData,
+    image_size: tuple[int, int],
+    images: int,
+    held_out: int,
+) -> None:
+    """What ``--dry-run`` prints."""
+    optimisation = recipe.optimisation
+    size = (sum(p.numel() for p in task.parameters()) / 1e6, *image_size, *patch_grid(task.model, image_size))
+    logger.info("model    %.1f M parameters, image %dx%d, %d x %d patches", *size)
+    logger.info("images   %d to train on, %d held out, %d classes", images, held_out, len(data.classes))
+    logger.info("steps    %d epochs, %d steps of %d images, learning rate %.3g", optimisation.epochs,
+                total_steps(optimisation, images), optimisation.batch_size, optimisation.learning_rate)  # fmt: skip
+    logger.info("recipe   %s", ", ".join(f"{name} {value}" for name, value in recipe.flat().items()))

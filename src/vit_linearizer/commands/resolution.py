@@ -1,0 +1,103 @@
+"""What every training command does between its flags and its run: the recipe with the flags' values, the model at its size."""
+
+import dataclasses
+import logging
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch.nn as nn
+from accelerate import Accelerator
+
+from ..contracts import UserError
+from ..models.loading import has_weights, open_model
+from ..recipes import Recipe
+from ..training.config import RuntimeConfig
+from ..training.optimiser import fit_batch
+from .arguments import parse_model_args
+
+logger = logging.getLogger("vit_linearizer")
+
+R = TypeVar("R", bound=Recipe)
+
+
+def apply_flags(recipe: R, config: Any, *, batch_size: int | None = None, **parsed: Any) -> R:
+    """The recipe with the values that a command's configuration gives for it.
+
+    Args:
+        recipe: as the tables have it.
+        config: of the command; fields of a recipe's names override it where they are not None.
+        batch_size: instead of the configuration's.
+        **parsed: values that flags give in another form; they take the place of the configuration's.
+    """
+    names = set(recipe.flat()) & {field.name for field in dataclasses.fields(config)}
+    values = {name: getattr(config, name) for name in names}
+    return recipe.override(**values | parsed | {"batch_size": batch_size or config.batch_size})
+
+
+def fit_to_images(recipe: R, config: Any, *, images: int, parts: int, **parsed: Any) -> R:
+    """`apply_flags`, with a batch no larger than the images are many and divisible by processes times accumulation."""
+    wanted = apply_flags(recipe, config, **parsed)
+    batch_size = fit_batch(wanted.optimisation.batch_size, images, parts)
+    if batch_size == wanted.optimisation.batch_size:
+        return wanted
+    logger.info("batch size %d -> %d: there are %d training images", wanted.optimisation.batch_size, batch_size, images)
+    return apply_flags(recipe, config, batch_size=batch_size, **parsed)
+
+
+def resolved_runtime(config: RuntimeConfig, accelerator: Accelerator) -> dict[str, Any]:
+    """What ``config.json`` says of machine and run."""
+    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(RuntimeConfig)}
+    return values | {"precision": "bf16" if accelerator.mixed_precision == "bf16" else "fp32"}
+
+
+def resolved_data(data: str) -> str:
+    """What ``config.json`` says of the data: a full path, or a built-in name as it is."""
+    return data if data.startswith("builtin:") else str(Path(data).resolve())
+
+
+def open_at_size(config: Any, image_size: tuple[int, int], **model_args: Any) -> nn.Module:
+    """The model that a configuration names by ``model`` and its kin, for an image size and ``patch_size``.
+
+    Args:
+        config: with ``model``, ``model_arch``, ``model_args``, ``model_pretrained`` and ``patch_size``.
+        image_size: (height, width) that its positions are made for.
+        **model_args: of the training, before the user's; a ``drop_path_rate`` is not saved with the model.
+
+    Raises:
+        UserError: as `open_model`, or a model whose patches cannot be changed.
+    """
+    pretrained = has_weights(config.model) and config.model_pretrained
+    resampled = pretrained and config.patch_size is not None
+    if not resampled:
+        model_args["img_size"] = image_size
+        model_args |= {"patch_size": config.patch_size} if config.patch_size is not None else {}
+    model: Any = open_model(
+        config.model,
+        field="--model",
+        architecture=config.model_arch,
+        pretrained=config.model_pretrained,
+        **model_args | parse_model_args("--model-args", config.model_args),
+    )
+    if resampled:
+        set_patch_size(model, config.patch_size, image_size)
+    model._model_args.pop("drop_path_rate", None)  # a matter of this training, not of the model
+    return model
+
+
+def set_patch_size(model: Any, patch_size: int, image_size: tuple[int, int]) -> None:
+    """Give a model patches of another size and positions for an image size, resampling both.
+
+    Args:
+        model: with timm's ``set_input_size``.
+        patch_size: side of a patch.
+        image_size: (height, width).
+
+    Raises:
+        UserError: it cannot.
+    """
+    if not hasattr(model, "set_input_size"):
+        raise UserError("--patch-size", patch_size, f"{type(model).__name__} keeps the patch it was made with")
+    if patch_size < 1 or any(side % patch_size for side in image_size):
+        size = "x".join(map(str, image_size))
+        raise UserError("--patch-size", patch_size, f"must divide the image size {size}")
+    model.set_input_size(img_size=image_size, patch_size=(patch_size, patch_size))
