@@ -10,10 +10,13 @@ import timm
 import torch
 
 import vit_linearizer
+from segmentation_folders import write_ade20k
 from vit_linearizer.cli import main
 from vit_linearizer.commands.arguments import parse_model_args, parse_size
 from vit_linearizer.contracts import UserError
 from vit_linearizer.models.loading import save_model_folder
+from vit_linearizer.models.segmenter import Segmenter
+from vit_linearizer.models.segmenter_folder import save_segmenter
 
 REPO = Path(__file__).parent.parent
 
@@ -38,7 +41,10 @@ def distill_arguments(photos: Path, small_teacher: Path, tmp_path: Path):
     return make
 
 
-@pytest.mark.parametrize("command", ["", "distill", "export", "embed", "quickstart", "doctor"])
+COMMANDS = ("distill", "finetune", "segment", "evaluate", "predict", "export", "embed", "benchmark", "quickstart", "doctor")
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS])
 def test_help(command: str, capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit) as stopped:
         main([*command.split(), "--help"])
@@ -199,15 +205,24 @@ def test_doctor_names_device_and_scan(caplog: pytest.LogCaptureFixture) -> None:
         assert re.search(rf"^\S+ +\S+ {topic} +\S|{topic} +\S", caplog.text, re.MULTILINE), topic
 
 
-def test_quickstart_in_its_smallest_form(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    assert main(["quickstart", "--out", str(tmp_path / "q"), "--smoke"]) == 0
+@pytest.mark.parametrize("full", [False, True])
+def test_quickstart_in_its_smallest_form(full: bool, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main(["quickstart", "--out", str(tmp_path / "q"), "--smoke", *(["--full"] if full else [])]) == 0
     results = json.loads((tmp_path / "q" / "quickstart.json").read_text())
-    assert results.keys() == {"teacher", "distilled", "untrained", "regression"}
+    both = {"finetuned_100_percent", "finetuned_10_percent"}
+    tuned = {"teacher": {"finetuned_100_percent"}, "distilled": both, "supervised": {"finetuned_10_percent"}}
+    tuned |= {"teacher": both, "supervised": both} if full else {}
+    assert results.keys() == {"teacher", "distilled", "untrained", "regression", "supervised"}
     for row, values in results.items():
-        accuracies = {"knn", "linear_probe", "few_shot"} | ({"top1"} if row == "teacher" else set())
-        assert values.keys() == accuracies | {"train_seconds"}
-        assert all(10 < values[name] <= 100 for name in accuracies - {"top1"})
-    assert "5 labels" in capsys.readouterr().out
+        frozen = {"knn", "linear_probe", "few_shot"} | ({"top1"} if row == "teacher" else set())
+        frozen = set() if row == "supervised" else frozen
+        assert values.keys() == frozen | tuned.get(row, set()) | ({"train_seconds"} if frozen else set())
+        assert all(10 < values[name] <= 100 for name in frozen - {"top1"})
+        assert all(0 <= values[name] <= 100 for name in tuned.get(row, set()))
+    assert results["teacher"]["finetuned_100_percent"] == results["teacher"]["top1"]
+    said = capsys.readouterr().out
+    assert "5 labels" in said
+    assert "all labels" in said
 
 
 def readme_commands() -> list[str]:
@@ -228,30 +243,68 @@ def readme_commands() -> list[str]:
 @pytest.mark.parametrize("line", [line for line in readme_commands() if line.startswith("vit-linearizer ")])
 def test_every_documented_command_runs(line: str, photos: Path, small_teacher: Path, tmp_path: Path,
                                        monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
-    """With the placeholders filled in; a distillation keeps its flags and is made small."""
+    """With the placeholders filled in; trainings keep their flags and are made small."""
     monkeypatch.chdir(tmp_path)
     words = shlex.split(line)[1:]
+    tiny = ["patch_size=8", "embed_dim=32", "depth=4"]
+
+    def put(flag: str, *values: str) -> None:
+        """Replace what follows a flag up to the next one, or add both."""
+        start = words.index(flag) + 1 if flag in words else len(words)
+        if flag not in words:
+            words.append(flag)
+            start += 1
+        stop = next((at for at in range(start, len(words)) if words[at].startswith("--")), len(words))
+        words[start:stop] = values
+
     if words[0] in ("quickstart", "benchmark"):
         words += ["--smoke"]
+    (tmp_path / "PHOTOS").symlink_to(photos)
+    for split in ("train", "val"):
+        for name, folder in (("cat", "a"), ("dog", "b")):
+            (tmp_path / "IMAGENET" / split).mkdir(parents=True, exist_ok=True)
+            (tmp_path / "IMAGENET" / split / name).symlink_to(photos / folder)
     if words[0] in ("embed", "export"):
-        shape = dict(img_size=32, patch_size=8, embed_dim=32, depth=4, num_classes=0)
-        save_model_folder(timm.create_model("adventurer_tiny_patch16_224", **shape), tmp_path / words[1] / "model")
-        (tmp_path / "PHOTOS").symlink_to(photos)
+        save_small_student(tmp_path / words[1], num_classes=0)
+    if words[0] in ("finetune", "segment", "evaluate") and "runs/clip" in words:
+        save_small_student(tmp_path / "runs" / "clip", num_classes=0)
+        save_small_student(tmp_path / "runs" / "classifier", num_classes=2)
+    if words[0] == "predict":
+        save_small_segmenter(tmp_path / "runs" / "scenes")
+    if words[0] == "evaluate":
+        put("--teacher", str(small_teacher))
+        words += ["--draws", "1"]
+    if words[0] in ("finetune", "segment"):
+        put("--recipe", "smoke")
+        put("--image-size" if words[0] == "finetune" else "--crop", "32")
+        if "ade20k" in words:
+            write_ade20k(tmp_path / "ADEChallengeData2016")
+        if "--model-args" in words:
+            put("--model-args", "embed_dim=32", "depth=4")
     if words[0] == "distill":
-        words[words.index("--data") + 1] = str(photos)
-        words[words.index("--teacher") + 1] = str(small_teacher)
-        words += ["--student-args", "patch_size=8", "embed_dim=32", "depth=4"]
-        if "--image-size" in words:
-            words[words.index("--image-size") + 1] = "64x128" if "x" in words[words.index("--image-size") + 1] else "64"
-        else:
-            words += ["--image-size", "32"]
-        for flag, value in (("--epochs", "1"), ("--batch-size", "4")):
-            if flag in words:
-                words[words.index(flag) + 1] = value
-            else:
-                words += [flag, value]
+        put("--data", str(photos))
+        put("--teacher", str(small_teacher))
+        put("--student-args", *tiny)
+        size = words[words.index("--image-size") + 1] if "--image-size" in words else "32"
+        put("--image-size", size if size == "32" else "64x128" if "x" in size else "64")
+        put("--epochs", "1")
+        put("--batch-size", "4")
         words = [word for word in words if word != "--compile"]
     assert main(words) == 0
+
+
+def save_small_student(run: Path, *, num_classes: int) -> None:
+    shape = dict(img_size=32, patch_size=8, embed_dim=32, depth=4, num_classes=num_classes)
+    save_model_folder(timm.create_model("adventurer_tiny_patch16_224", **shape), run / "model")
+
+
+def save_small_segmenter(run: Path) -> None:
+    backbone = timm.create_model(
+        "adventurer_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=32, depth=4, num_classes=0
+    )
+    segmenter = Segmenter(backbone, num_classes=2, head="linear")
+    noted = {"crop": [32, 32], "resize": None, "mode": "whole", "stride": None}
+    save_segmenter(segmenter, run / "model", classes=["sky", "sea"], palette=[(0, 0, 255), (0, 255, 0)], extra=noted)
 
 
 @pytest.mark.parametrize(

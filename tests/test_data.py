@@ -286,14 +286,28 @@ def test_a_broken_body_passes_the_scan(half_broken):
     assert half_broken.skipped == []
 
 
-def test_broken_pictures_are_replaced_by_the_next_readable_one(half_broken, tmp_path):
+def test_broken_pictures_are_left_out_of_an_evaluation_and_listed(half_broken, tmp_path):
+    """A score in which the next picture stood in for a broken one would count that one twice."""
     skipped = SkippedList(tmp_path / "skipped.txt")
     centre = CentreSet(half_broken, range(5), (16, 24), skipped=skipped)
-    for place, shown in ((0, 0), (1, 3), (2, 3), (3, 3), (4, 0), (1, 3)):
-        assert torch.equal(centre[place]["images"], centre.transform(half_broken.read(shown)))
+    for number in (0, 1, 2, 3, 4, 1):
+        item = centre[number]
+        assert (item is None) == (number in (1, 2, 4))
+        if item is not None:
+            assert torch.equal(item["images"], centre.transform(half_broken.read(number)))
+            assert item["numbers"] == number
     lines = (tmp_path / "skipped.txt").read_text().splitlines()
     assert [line.partition("\t")[0] for line in lines] == ["1.png", "2.png", "4.png"]
     assert all(line.partition("\t")[2] for line in lines)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 5])
+def test_the_centre_loader_gives_every_readable_picture_once_in_order(half_broken, batch_size):
+    """A batch of which nothing can be read is passed over."""
+    centre = CentreSet(half_broken, [4, 3, 2, 1, 0], (16, 24))
+    batches = list(centre_loader(centre, batch_size=batch_size))
+    assert torch.cat([batch["numbers"] for batch in batches]).tolist() == [3, 0]
+    assert all(len(batch["images"]) == len(batch["numbers"]) > 0 for batch in batches)
 
 
 def test_replacement_in_training_is_the_same_in_every_process(half_broken, tmp_path):
@@ -306,10 +320,17 @@ def test_replacement_in_training_is_the_same_in_every_process(half_broken, tmp_p
     assert [line.partition("\t")[0] for line in first.skipped.tidy()] == ["1.png", "2.png"]
 
 
-def test_nothing_but_broken_pictures_ends_the_run_in_words(half_broken):
-    centre = CentreSet(half_broken, [1, 2, 4], (16, 24))
+def test_nothing_but_broken_pictures_ends_a_training_in_words(half_broken):
+    training = make_training_set(half_broken)
+    training.numbers = np.array([1, 2, 4])
     with pytest.raises(UserError, match=r"^--data 2\.png: none of the images can be read; see skipped\.txt"):
-        centre[1]
+        training[Draw(0, 1, 0)]
+
+
+def test_nothing_but_broken_pictures_ends_an_evaluation_in_words(half_broken):
+    with pytest.raises(UserError, match=r"^--data held-out images: none of them can be read; see skipped\.txt"):
+        list(centre_loader(CentreSet(half_broken, [1, 2, 4], (16, 24)), batch_size=2))
+    assert list(centre_loader(CentreSet(half_broken, [], (16, 24)), batch_size=2)) == []  # a process without a share
 
 
 def test_labels_follow_the_picture_that_is_shown():
@@ -323,7 +344,9 @@ def test_labels_follow_the_picture_that_is_shown():
 
     source = Patchy("test")
     assert source.labels[0] != source.labels[1]
-    assert CentreSet(source, np.arange(len(source)), (32, 32))[0]["labels"] == source.labels[1]
+    centre = CentreSet(source, np.arange(len(source)), (32, 32))
+    assert centre[0] is None
+    assert centre[1]["labels"] == source.labels[1]
     assert make_training_set(source)[Draw(0, 0, 0)]["labels"] == source.labels[1]
 
 

@@ -22,6 +22,7 @@ from vit_linearizer.evaluation import (
     linear_probe_accuracy,
     readout_cosine,
 )
+from vit_linearizer.evaluation.processes import own_share, sum_over_processes
 from vit_linearizer.models.adapters import extract_features
 from vit_linearizer.models.teacher import Teacher
 from vit_linearizer.objectives import activation_matching
@@ -296,11 +297,13 @@ def test_a_student_that_is_its_teacher_agrees_and_another_does_not(digits, same)
     task = make_task(0 if same else 1, **UNMASKED, feature_regression_weight=2.0)
     values = task.evaluate(centre_loader(digits, batch_size=4), centre_loader(digits, batch_size=5), torch.device("cpu"))
     assert set(values) == {
-        "loss", "activation_matching", "feature_regression", "agreement_stage1", "agreement_stage2", "final_cosine", "knn",
+        "loss", "activation_matching", "feature_regression", "agreement_stage1", "agreement_stage2", "final_cosine", "cka",
+        "knn",
     }  # fmt: skip
     assert values["loss"] == pytest.approx(values["activation_matching"] + 2 * values["feature_regression"], rel=1e-5)
     assert (values["activation_matching"] < 1e-6) == same
     assert (values["agreement_stage1"] > 0.9999) == (values["agreement_stage2"] > 0.9999) == same
+    assert (values["cka"] > 0.9999) == same
     assert task.training
 
 
@@ -325,3 +328,18 @@ def test_evaluation_weights_every_image_alike(digits):
     assert parts.keys() == whole.keys() and "knn" not in whole
     for name, value in whole.items():
         assert parts[name] == pytest.approx(value, rel=1e-4)
+
+
+def test_processes_share_the_pictures_without_overlap(monkeypatch):
+    """An odd number of them over three processes; in a single process all."""
+    numbers = np.array([7, 3, 9, 1, 4, 8, 2])
+    assert own_share(numbers).tolist() == numbers.tolist()
+    counts = torch.tensor([3, 4])
+    assert torch.equal(sum_over_processes(counts, torch.device("cpu")), counts)
+    shares = []
+    for rank in range(3):
+        monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+        monkeypatch.setattr("torch.distributed.get_rank", lambda rank=rank: rank)
+        monkeypatch.setattr("torch.distributed.get_world_size", lambda: 3)
+        shares.append(own_share(numbers).tolist())
+    assert shares == [[7, 1, 2], [3, 4], [9, 8]]

@@ -303,7 +303,7 @@ def test_a_folder_that_cannot_do_says_what_is_missing(tmp_path, spoil, message):
 
 
 def test_kinds_and_splits_are_named(tmp_path):
-    with pytest.raises(UserError, match=r"--kind cityscape: must be one of .*; did you mean cityscapes\?"):
+    with pytest.raises(UserError, match=r"--dataset cityscape: must be one of .*; did you mean cityscapes\?"):
         open_segmentation(str(tmp_path), "cityscape", "train")
     with pytest.raises(UserError, match="--split test: must be train or val"):
         open_segmentation(str(tmp_path), "folder", "test")

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .commands.evaluate import EvaluateConfig, evaluate
     from .commands.export import ExportConfig, export
     from .commands.finetune import FinetuneConfig, finetune
+    from .commands.predict import PredictConfig, predict
     from .commands.quickstart import QuickstartConfig, quickstart
     from .commands.segment import SegmentConfig, segment
 
@@ -33,6 +34,7 @@ _COMMANDS = {
     "EvaluateConfig": "evaluate",
     "ExportConfig": "export",
     "FinetuneConfig": "finetune",
+    "PredictConfig": "predict",
     "QuickstartConfig": "quickstart",
     "SegmentConfig": "segment",
     "benchmark": "benchmark",
@@ -42,6 +44,7 @@ _COMMANDS = {
     "evaluate": "evaluate",
     "export": "export",
     "finetune": "finetune",
+    "predict": "predict",
     "quickstart": "quickstart",
     "segment": "segment",
 }
@@ -54,6 +57,7 @@ __all__ = [
     "EvaluateConfig",
     "ExportConfig",
     "FinetuneConfig",
+    "PredictConfig",
     "QuickstartConfig",
     "SegmentConfig",
     "UserError",
@@ -65,6 +69,7 @@ __all__ = [
     "export",
     "finetune",
     "load",
+    "predict",
     "quickstart",
     "segment",
 ]

@@ -15,6 +15,7 @@ from .commands.embed import EmbedConfig, embed
 from .commands.evaluate import EvaluateConfig, evaluate
 from .commands.export import ExportConfig, export
 from .commands.finetune import FinetuneConfig, finetune
+from .commands.predict import PredictConfig, predict
 from .commands.quickstart import QuickstartConfig, quickstart
 from .commands.segment import SegmentConfig, segment
 from .contracts import UserError
@@ -25,6 +26,7 @@ COMMANDS: dict[type, Callable[[Any], Any]] = {
     FinetuneConfig: finetune,
     SegmentConfig: segment,
     EvaluateConfig: evaluate,
+    PredictConfig: predict,
     ExportConfig: export,
     EmbedConfig: embed,
     BenchmarkConfig: benchmark,
@@ -37,6 +39,7 @@ _Command = (
     | Annotated[FinetuneConfig, tyro.conf.subcommand("finetune")]
     | Annotated[SegmentConfig, tyro.conf.subcommand("segment")]
     | Annotated[EvaluateConfig, tyro.conf.subcommand("evaluate")]
+    | Annotated[PredictConfig, tyro.conf.subcommand("predict")]
     | Annotated[ExportConfig, tyro.conf.subcommand("export")]
     | Annotated[EmbedConfig, tyro.conf.subcommand("embed")]
     | Annotated[BenchmarkConfig, tyro.conf.subcommand("benchmark")]

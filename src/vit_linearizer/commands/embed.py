@@ -1,13 +1,10 @@
 """``embed``: pictures in, pooled or dense features with their file names out."""
 
-import contextlib
 import functools
 import hashlib
 import logging
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,7 +19,7 @@ from ..data.datasets import ListedSet, SkippedList, listed_loader, to_device
 from ..data.sources import ImageSource, Labels, open_source
 from ..evaluation.embedding import EmbeddingFile, names_array
 from ..models.adapters import check_plain, extract_features, nominal_size, patch_grid
-from ..training.machine import choose_device, choose_precision
+from ..training.machine import choose_device, choose_precision, termination_as_interrupt
 from ..training.progress import ProgressLine, show_messages
 from .arguments import ModelConfig, parse_size
 
@@ -113,7 +110,7 @@ def embed(config: EmbedConfig) -> Path:
         _rows, model, source, device=device, precision=precision, grid=grid if config.dense else None
     )
     try:
-        with _termination_as_interrupt():
+        with termination_as_interrupt():
             _fill(file, loader, source, skipped, compute)
     finally:
         file.flush()
@@ -123,19 +120,6 @@ def embed(config: EmbedConfig) -> Path:
     if unread:
         logger.warning("%d images could not be read: %s", len(unread), list_of_skipped)
     return Path(config.out)
-
-
-@contextlib.contextmanager
-def _termination_as_interrupt() -> Iterator[None]:
-    """SIGTERM ends the work as Ctrl-C does: what is done is written."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _fill(

@@ -2,43 +2,27 @@
 
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import numpy as np
-import torch
-import torch.nn as nn
-from torch import Tensor
-from torch.utils.data import DataLoader
-
 from ..contracts import UserError
-from ..data.datasets import CentreSet, SkippedList, centre_loader, to_device
 from ..data.labelled import LabelledData, open_labelled
-from ..data.sources import ImageSource
-from ..evaluation import (
-    FidelityMeter,
-    class_scores,
-    collect_features,
-    few_shot_accuracy,
-    fit_linear_probe,
-    knn_accuracy,
-    linear_probe_accuracy,
-)
-from ..evaluation.robustness import Reader, corrupted_accuracies, summarise_corruptions
-from ..models.adapters import check_plain, extract_features, nominal_size, normalize, patch_grid
-from ..models.loading import open_model
-from ..models.teacher import Teacher, agreeing_size, load_teacher
+from ..data.segmentation import SegmentationKind
+from ..models.adapters import stage_ends
+from ..models.loading import probe_backbone
+from ..models.segmenter_folder import is_segmenter
 from ..training.machine import choose_device
-from ..training.progress import ProgressLine, show_messages
+from ..training.progress import show_messages
 from ..training.run_folder import write_atomically
-from .arguments import parse_size
+from .evaluate_labels import Subject, add_corruptions, measure, teacher_size
+from .evaluate_masks import measure_segmenters
 from .resolution import resolved_data
 
 logger = logging.getLogger("vit_linearizer")
 
-Metric = Literal["top1", "top5", "knn", "linear_probe", "few_shot", "fidelity", "corruptions"]
+Metric = Literal["top1", "top5", "knn", "linear_probe", "few_shot", "fidelity", "corruptions", "miou"]
 
 #: Metrics that need labelled pictures to learn from.
 _NEED_TRAINING = ("knn", "linear_probe", "few_shot")
@@ -51,6 +35,7 @@ class EvaluateConfig:
     Attributes:
         models: run folders, timm names, hf-hub:OWNER/NAME, local-dir:FOLDER or published weight files.
         data: folder with train/ and val/ and a folder a class in each, a folder of class folders, or builtin:digits.
+        dataset: ade20k, cityscapes or folder, for runs of segment: their data are pictures with masks, their metric is miou.
         out: JSON file for all results; each evaluated run's evaluation.json gets its own besides.
         metrics: what to measure; by default all that models and data allow, but corruptions.
         teacher: for fidelity, and to compare robustness with.
@@ -68,6 +53,7 @@ class EvaluateConfig:
 
     models: tuple[str, ...]
     data: str
+    dataset: SegmentationKind | None = None
     out: str | None = None
     metrics: tuple[Metric, ...] | None = None
     teacher: str | None = None
@@ -90,6 +76,8 @@ class EvaluateConfig:
         for name in ("shots", "draws", "stages", "corruption_images", "batch_size"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name.replace('_', '-')}", getattr(self, name), "must be at least 1")
+        if self.metrics and (("miou" in self.metrics) != (self.dataset is not None) or "miou" in self.metrics[1:]):
+            raise UserError("--metrics", " ".join(self.metrics), "miou stands alone and needs --dataset; others have none")
         if self.metrics and "fidelity" in self.metrics and self.teacher is None:
             raise UserError("--metrics", "fidelity", "needs a --teacher to compare with")
 
@@ -109,52 +97,48 @@ def evaluate(config: EvaluateConfig) -> dict[str, dict[str, Any]]:
     """
     show_messages()
     device = choose_device(config.device)
+    if config.dataset is not None:
+        results: dict[str, dict[str, Any]] = measure_segmenters(
+            config.models,
+            config.data,
+            config.dataset,
+            batch_size=config.batch_size,
+            num_workers=config.num_workers,
+            device=device,
+        )
+        _write(config, results)
+        return results
+    _refuse_segmenters(config)
     data = open_labelled(config.data)
-    subjects = {name: _Subject(name, config, device) for name in config.models}
+    subjects = {name: Subject(name, config, device) for name in config.models}
     metrics = config.metrics or _possible(config, data, subjects)
-    _refuse(config, metrics, data, subjects)
-    results: dict[str, dict[str, Any]] = {name: {} for name in subjects}
+    everyone = dict(subjects)
+    if "corruptions" in metrics and config.teacher is not None and config.teacher not in subjects:
+        everyone[config.teacher] = Subject(config.teacher, config, device, "--teacher")
+    _refuse(config, metrics, data, everyone)
+    results = {name: {} for name in subjects}
     for name, subject in subjects.items():
         logger.info("%s at %dx%d", name, *subject.image_size)
-        results[name] = _measure(subject, metrics, config, data, device)
+        results[name] = measure(subject, metrics, config, data, device)
         logger.info("%s: %s", name, "  ".join(f"{key} {value:.4g}" for key, value in results[name].items()))
         _write(config, results)
     if "corruptions" in metrics:
-        _add_corruptions(results, subjects, config, data, device)
+        add_corruptions(results, everyone, config, data, device)
         _write(config, results)
     return results
 
 
-class _Subject:
-    """One model, ready to be measured."""
-
-    def __init__(self, name: str, config: EvaluateConfig, device: torch.device, field: str = "--models"):
-        self.name = name
-        given = parse_size("--image-size", config.image_size)
-        size = {"img_size": given} if given else {}
-        architecture = config.teacher_arch if field == "--teacher" else None
-        model: Any = open_model(name, field=field, architecture=architecture, **size)
-        check_plain(model, name, field=field)
-        self.model: nn.Module = model.eval().to(device)
-        self.image_size = given or nominal_size(model)
-        patch_grid(model, self.image_size)
-        self.classes = int(getattr(model, "num_classes", 0))
-
-    def loader(self, source: ImageSource, config: EvaluateConfig, numbers: Sequence[int] | None = None) -> DataLoader:
-        pictures = CentreSet(source, range(len(source)) if numbers is None else numbers, self.image_size)
-        return centre_loader(pictures, batch_size=config.batch_size, num_workers=config.num_workers)
+def _refuse_segmenters(config: EvaluateConfig) -> None:
+    for name in config.models:
+        if is_segmenter(name):
+            raise UserError("--models", name, "is a segmentation run; say what the data are by --dataset")
 
 
-def _test_part(data: LabelledData) -> ImageSource:
-    """What models are judged on; of a folder without ``train/`` and ``val/`` all of it."""
-    return data.validation or data.training
-
-
-def _possible(config: EvaluateConfig, data: LabelledData, subjects: dict[str, _Subject]) -> tuple[Metric, ...]:
+def _possible(config: EvaluateConfig, data: LabelledData, subjects: dict[str, Subject]) -> tuple[Metric, ...]:
     """All metrics but the slow one, as far as data and models allow."""
     possible = []
     for metric in get_args(Metric):
-        if metric == "corruptions" or (metric == "fidelity" and config.teacher is None):
+        if metric in ("corruptions", "miou") or (metric == "fidelity" and config.teacher is None):
             continue
         if metric in _NEED_TRAINING and data.validation is None:
             continue
@@ -166,10 +150,9 @@ def _possible(config: EvaluateConfig, data: LabelledData, subjects: dict[str, _S
     return tuple(possible)
 
 
-def _refuse(
-    config: EvaluateConfig, metrics: Sequence[Metric], data: LabelledData, subjects: dict[str, _Subject]
-) -> None:
-    """Raise for what was asked for and cannot be."""
+def _refuse(config: EvaluateConfig, metrics: Sequence[Metric], data: LabelledData, everyone: dict[str, Subject]) -> None:
+    """Raise for what was asked for and cannot be; ``everyone`` is the models, and the teacher where it is measured too."""
+    subjects = {name: everyone[name] for name in config.models}
     asked = config.metrics or ()
     for metric in _NEED_TRAINING:
         if metric in asked and data.validation is None:
@@ -184,116 +167,18 @@ def _refuse(
     if "top5" in asked and len(data.classes) <= 5:
         raise UserError("--metrics", "top5", f"says nothing of {len(data.classes)} classes")
     if "corruptions" in metrics and data.validation is None:
-        for name, subject in subjects.items():
+        for name, subject in everyone.items():
             if subject.classes != len(data.classes):
-                remedy = f"{name} has no classifier for these {len(data.classes)} classes, and there is no train/ to fit one on"
+                remedy = f"{name} has no classifier for these {len(data.classes)} classes, and no train/ to fit one on"
                 raise UserError("--metrics", "corruptions", remedy)
+    if "fidelity" in metrics and config.teacher is not None:
+        teacher: Any = probe_backbone(config.teacher, field="--teacher", architecture=config.teacher_arch)
+        for subject in subjects.values():
+            for model in (subject.model, teacher):
+                stage_ends(len(model.feature_info), config.stages)  # type: ignore[arg-type]  # timm's list
+            teacher_size(subject, config)
     if not metrics:
         raise UserError("--data", config.data, "allows no metric for these models; give train/ and val/, or a --teacher")
-
-
-def _measure(
-    subject: _Subject, metrics: Sequence[Metric], config: EvaluateConfig, data: LabelledData, device: torch.device
-) -> dict[str, Any]:
-    """Everything but corruptions."""
-    values: dict[str, Any] = {}
-    test = subject.loader(_test_part(data), config)
-    if subject.classes == len(data.classes) and {"top1", "top5"} & set(metrics):
-        scores = class_scores(subject.model, test, device)
-        values |= {name: scores[name] for name in ("top1", "top5") if name in metrics and name in scores}
-    if set(_NEED_TRAINING) & set(metrics):
-        training = collect_features(subject.model, subject.loader(data.training, config), device)
-        judged = collect_features(subject.model, test, device)
-        if "knn" in metrics:
-            values["knn"] = knn_accuracy(*training, *judged)
-        if "linear_probe" in metrics:
-            values["linear_probe"] = linear_probe_accuracy(*training, *judged)
-        if "few_shot" in metrics:
-            values["few_shot"] = few_shot_accuracy(*training, *judged, shots=config.shots, draws=config.draws)
-    if "fidelity" in metrics:
-        values |= _fidelity(subject, test, config, device)
-    return values
-
-
-@torch.no_grad()
-def _fidelity(subject: _Subject, test: DataLoader, config: EvaluateConfig, device: torch.device) -> dict[str, float]:
-    assert config.teacher is not None
-    grid = patch_grid(subject.model, subject.image_size)
-    size = agreeing_size(config.teacher, student_grid=grid, architecture=config.teacher_arch)
-    teacher: Teacher = load_teacher(config.teacher, image_size=size, architecture=config.teacher_arch).to(device)
-    meter = FidelityMeter(len(test.dataset))  # type: ignore[arg-type]  # it has a length
-    for batch in test:
-        images = to_device(batch, device)["images"]
-        student = extract_features(subject.model, images, stages=config.stages)
-        meter.update(student, teacher.features(images, stages=config.stages))
-    return meter.scores()
-
-
-def _add_corruptions(
-    results: dict[str, dict[str, Any]],
-    subjects: dict[str, _Subject],
-    config: EvaluateConfig,
-    data: LabelledData,
-    device: torch.device,
-) -> None:
-    """Accuracies on corrupted pictures, by the head where it fits the classes, else by a linear probe on the features."""
-    reference = subjects.get(config.teacher or "")
-    if config.teacher is not None and reference is None:
-        reference = _Subject(config.teacher, config, device, "--teacher")
-    everyone = {**subjects, **({reference.name: reference} if reference else {})}
-    test = _test_part(data)
-    numbers = np.linspace(0, len(test) - 1, min(len(test), config.corruption_images)).astype(int).tolist()
-    readers = {name: _reader(subject, config, data, device) for name, subject in everyone.items()}
-    tables: dict[str, dict[str, list[float]]] = {}
-    clean: dict[str, float] = {}
-    for size in dict.fromkeys(subject.image_size for subject in everyone.values()):
-        some = {name: readers[name] for name, subject in everyone.items() if subject.image_size == size}
-        loader = next(iter(everyone[name] for name in some)).loader(test, config, numbers)
-        clean |= _clean_accuracies(some, loader, device)
-        with ProgressLine("corruptions", first=0, total=len(loader), unit="batch") as line:
-            tick = _Ticker(line, config.batch_size)
-            tables |= corrupted_accuracies(some, loader, device, done=tick)
-    for name, values in results.items():
-        values |= summarise_corruptions(clean[name], tables[name])
-        if reference is not None and name != reference.name:
-            lost = summarise_corruptions(clean[reference.name], tables[reference.name])["corruption_drop"]
-            if lost > 0:
-                values["corruption_drop_over_teacher"] = values["corruption_drop"] / lost
-        values["corruption_images"] = len(numbers)
-        values["corruptions"] = tables[name]
-
-
-class _Ticker:
-    """Counts batches for a progress line."""
-
-    def __init__(self, line: ProgressLine, batch_size: int):
-        self.line, self.batch_size, self.count = line, batch_size, 0
-
-    def __call__(self) -> None:
-        self.count += 1
-        self.line.update(self.count, images_per_second=self.line.rate(self.count) * self.batch_size, data_wait=0.0)
-
-
-def _reader(subject: _Subject, config: EvaluateConfig, data: LabelledData, device: torch.device) -> Reader:
-    if subject.classes == len(data.classes):
-        return lambda images: subject.model(normalize(subject.model, images)).float().argmax(1).cpu()  # type: ignore[no-any-return]
-    probe = fit_linear_probe(*collect_features(subject.model, subject.loader(data.training, config), device))
-
-    def read(images: Tensor) -> Tensor:
-        return torch.from_numpy(probe.predict(extract_features(subject.model, images).pooled.float().cpu().numpy()))
-
-    return read
-
-
-@torch.no_grad()
-def _clean_accuracies(readers: dict[str, Callable], loader: DataLoader, device: torch.device) -> dict[str, float]:
-    right, images = dict.fromkeys(readers, 0), 0
-    for batch in loader:
-        pictures = to_device(batch, device)["images"]
-        images += len(pictures)
-        for name, read in readers.items():
-            right[name] += int((read(pictures) == batch["labels"]).sum())
-    return {name: 100 * count / images for name, count in right.items()}
 
 
 def _write(config: EvaluateConfig, results: dict[str, dict[str, Any]]) -> None:

@@ -2,7 +2,8 @@
 
 A small ViT is trained on labels, a small Adventurer is distilled from it without labels, and both are judged on digits that
 nothing was trained or tuned on, beside the same student untrained and the same student trained by plain regression. Then
-both are timed on larger and larger images.
+the student is fine-tuned on all labels and on a tenth of them, beside one that starts from scratch, and student and teacher
+are timed on larger and larger images.
 """
 
 import json
@@ -18,22 +19,18 @@ import timm
 import torch
 import torch.nn as nn
 from rich.table import Table
+from torch.utils.data import DataLoader
 
-from ..data.datasets import CentreSet, SkippedList, centre_loader, split_held_out
+from ..data.datasets import CentreSet, centre_loader
 from ..data.sources import DigitsSource
-from ..data.views import ViewConfig
-from ..evaluation import collect_features, few_shot_accuracy, knn_accuracy, linear_probe_accuracy
-from ..models.loading import create_backbone, load
-from ..recipes import find_recipe
-from ..tasks import Classification
-from ..training.config import OptimisationConfig, RuntimeConfig
-from ..training.data import prepare_data
-from ..training.loop import train
-from ..training.machine import make_accelerator
+from ..evaluation import class_scores, collect_features, few_shot_accuracy, knn_accuracy, linear_probe_accuracy
+from ..models.loading import create_backbone, load, save_model_folder
+from ..recipes import DISTILLATION, find_recipe
 from ..training.progress import console, show_messages
-from ..training.run_folder import RunFolder, write_atomically
+from ..training.run_folder import write_atomically
 from .benchmark import BenchmarkConfig, benchmark
 from .distill import DistillConfig, distill
+from .finetune import FinetuneConfig, finetune
 
 logger = logging.getLogger("vit_linearizer")
 
@@ -46,6 +43,19 @@ _ROWS = ("teacher", "distilled", "untrained", "regression")
 #: With patches of 4: 256 to 16,384 tokens.
 _LARGER_SIZES = ("64", "128", "256", "512")
 _COLUMNS = {"top1": "top-1", "knn": "kNN", "linear_probe": "linear probe", "few_shot": "5 labels a class"}
+_TUNING_COLUMNS = {"finetuned_100_percent": "all labels", "finetuned_10_percent": "10 % of them"}
+#: How students are fine-tuned with a share of the labels: the same for the distilled one and the one from scratch.
+_TUNING: dict[float, dict[str, Any]] = {
+    1.0: {"epochs": 12, "evaluate_every": 3},
+    0.1: {"epochs": 60, "evaluate_every": 15},
+}
+_TUNED = ((1.0, "teacher"), (1.0, "distilled"), (0.1, "distilled"), (0.1, "supervised"))
+_TUNED_ROWS = {
+    "teacher": "teacher (a ViT from scratch)",
+    "distilled": "distilled student",
+    "supervised": "student from scratch",
+}
+_TUNED_IN_FULL = ((1.0, "supervised"), (0.1, "teacher"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,12 +65,14 @@ class QuickstartConfig:
     Attributes:
         out: folder for the runs, quickstart.json and benchmark.json, .md and .png.
         seed: of everything random.
+        full: fine-tune from scratch with all labels too, and a ViT with a tenth; some minutes more.
         smoke: one epoch with tiny models, to see that everything runs.
         debug: show the traceback of an error.
     """
 
     out: str
     seed: int = 0
+    full: bool = False
     smoke: bool = False
     debug: bool = False
 
@@ -78,10 +90,10 @@ def quickstart(config: QuickstartConfig) -> dict[str, dict[str, float]]:
 
     console.rule("a ViT teacher, trained on labels")
     started = time.perf_counter()
-    teacher = _train_teacher(out / "teacher", config)
+    teacher = _train_teacher(out, config, evaluate_every=7)
     seconds["teacher"], models["teacher"] = time.perf_counter() - started, load(teacher)
 
-    baseline = asdict(find_recipe("regression", _STUDENT).objectives)
+    baseline = asdict(find_recipe(DISTILLATION, "regression", _STUDENT).objectives)
     for row, objectives in (("distilled", {}), ("regression", baseline)):
         console.rule(f"{row}: a linear-time student from the teacher, without labels")
         started = time.perf_counter()
@@ -109,6 +121,10 @@ def quickstart(config: QuickstartConfig) -> dict[str, dict[str, float]]:
     results = {row: _judge(models[row], draws=2 if config.smoke else 20) for row in _ROWS}
     for row, values in results.items():
         values["train_seconds"] = round(seconds[row], 1)
+    for fraction, row in _TUNED + (_TUNED_IN_FULL if config.full else ()):
+        name = f"finetuned_{fraction:.0%}".replace("%", "_percent")
+        console.rule(f"{row}, fine-tuned on {fraction:.0%} of the labels")
+        results.setdefault(row, {})[name] = _tune(row, fraction, teacher, out, config)
     write_atomically(out / "quickstart.json", json.dumps(results, indent=2) + "\n")
     console.rule("speed and memory on larger images")
     speed = benchmark(
@@ -123,7 +139,9 @@ def quickstart(config: QuickstartConfig) -> dict[str, dict[str, float]]:
         )
     )
     console.print(_table(results))
+    console.print(_tuning_table(results))
     logger.info(_in_words(results))
+    logger.info(_tuning_in_words(results))
     logger.info(_speed_in_words(speed["rows"]))
     return results
 
@@ -132,56 +150,56 @@ def _shape(config: QuickstartConfig) -> dict[str, Any]:
     return _SMOKE_SHAPE if config.smoke else _SHAPE
 
 
-def _train_teacher(path: Path, config: QuickstartConfig) -> Path:
-    """A small ViT with supervision, by the ordinary loop."""
-    optimisation = OptimisationConfig(
-        epochs=1 if config.smoke else 28,
-        batch_size=32,
-        learning_rate=1e-3,
-        minimum_learning_rate=1e-5,
-        warmup_epochs=2,
+def _train_teacher(out: Path, config: QuickstartConfig, name: str = "teacher", **settings: Any) -> Path:
+    """A small ViT with supervision."""
+    start = out / "teacher-start"
+    if not start.exists():
+        torch.manual_seed(config.seed)
+        shape = _shape(config)
+        model = timm.create_model("vit_tiny_patch16_224", num_heads=shape["embed_dim"] // 32, num_classes=10, **shape)
+        # Attention alone does not know where a patch is; timm's usual 0.02 for positions cost a small set half its epochs.
+        nn.init.normal_(model.get_parameter("pos_embed"), std=0.5)
+        save_model_folder(model, start)
+    # bf16 is no faster for so small a ViT
+    return _finetune(str(start), out / name, config, precision="fp32", **settings)
+
+
+def _finetune(model: str, out: Path, config: QuickstartConfig, **settings: Any) -> Path:
+    """The ordinary fine-tuning, on the digits' training part."""
+    if config.smoke:
+        settings["epochs"] = 1
+    return finetune(
+        FinetuneConfig(model=model, data="builtin:digits-train", out=str(out), recipe="digits", seed=config.seed, **settings)
     )
-    views = ViewConfig(augmentation="affine", repeats=1)
-    runtime = RuntimeConfig(seed=config.seed, evaluate_every=7, precision="fp32")  # bf16 is no faster for so small a ViT
-    source = DigitsSource("train")
-    train_numbers, held_out_numbers = split_held_out(len(source), config.seed)
-    accelerator = make_accelerator(runtime)
-    run = RunFolder(path, {"command": "quickstart", **asdict(optimisation), **asdict(views), **asdict(runtime)})
-    torch.manual_seed(config.seed)
-    model = timm.create_model(
-        "vit_tiny_patch16_224", num_heads=_shape(config)["embed_dim"] // 32, num_classes=10, **_shape(config)
-    )
-    # Attention alone does not know where a patch is; positions of timm's usual 0.02 cost a small set half of its epochs.
-    nn.init.normal_(model.get_parameter("pos_embed"), std=0.5)
-    run.prepare(resume="auto", writes=accelerator.is_main_process)
-    data = prepare_data(
-        source,
-        train_numbers,
-        held_out_numbers,
-        image_size=(_SIZE, _SIZE),
-        views=views,
-        mask=None,
-        seed=config.seed,
-        batch_size=optimisation.batch_size,
-        num_workers=0,
-        skipped=SkippedList(run.skipped),
-    )
-    with run.logging_to_file():
-        train(Classification(model), data, optimisation, runtime, run, accelerator, title="teacher")
-    return path
+
+
+def _tune(row: str, fraction: float, teacher: Path, out: Path, config: QuickstartConfig) -> float:
+    """Top-1 on the test digits of one way to a classifier with a share of the labels."""
+    settings: dict[str, Any] = dict(_TUNING[fraction], label_fraction=fraction)
+    place = out / f"{row}-{fraction:.0%}".replace("%", "-labels")
+    if row == "teacher":
+        run = teacher if fraction == 1 else _train_teacher(out, config, place.name, **settings)
+    elif row == "distilled":
+        run = _finetune(str(out / "distilled"), place, config, **settings)
+    else:
+        shape = tuple(f"{name}={value}" for name, value in _shape(config).items())
+        settings |= {"model_args": shape, "model_pretrained": False, "global_pool": "avg"}
+        run = _finetune(_STUDENT, place, config, **settings)
+    return class_scores(load(run), _loader("test"), torch.device("cpu"))["top1"]
+
+
+def _loader(split: str) -> DataLoader:
+    source = DigitsSource(split)
+    return centre_loader(CentreSet(source, np.arange(len(source)), (_SIZE, _SIZE)), batch_size=64)
 
 
 def _judge(model: nn.Module, *, draws: int) -> dict[str, float]:
     """Accuracies of frozen features (and of the head, where there is one) on the test digits."""
     cpu = torch.device("cpu")
-    loaders = {}
-    for split in ("train", "test"):
-        source = DigitsSource(split)
-        loaders[split] = centre_loader(CentreSet(source, np.arange(len(source)), (_SIZE, _SIZE)), batch_size=64)
-    train_set, test_set = (collect_features(model, loaders[split], cpu) for split in ("train", "test"))
+    train_set, test_set = (collect_features(model, _loader(split), cpu) for split in ("train", "test"))
     values = {}
     if getattr(model, "num_classes", 0) > 0:
-        values["top1"] = Classification(model).evaluate(loaders["test"], None, cpu)["top1"]
+        values["top1"] = class_scores(model, _loader("test"), cpu)["top1"]
     values["knn"] = knn_accuracy(*train_set, *test_set)
     values["linear_probe"] = linear_probe_accuracy(*train_set, *test_set)
     values["few_shot"] = few_shot_accuracy(*train_set, *test_set, draws=draws)
@@ -190,13 +208,26 @@ def _judge(model: nn.Module, *, draws: int) -> dict[str, float]:
 
 def _table(results: dict[str, dict[str, float]]) -> Table:
     table = Table(title="held-out digits, accuracy in %")
-    table.add_column("")
+    table.add_column("frozen features")
     for heading in (*_COLUMNS.values(), "training"):
         table.add_column(heading, justify="right")
-    for row, values in results.items():
-        cells = [f"{values[name]:.1f}" if name in values else "-" for name in _COLUMNS]
-        table.add_row(row, *cells, f"{values['train_seconds']:.0f} s")
+    for row in _ROWS:
+        table.add_row(row, *_cells(results[row], _COLUMNS), f"{results[row]['train_seconds']:.0f} s")
     return table
+
+
+def _tuning_table(results: dict[str, dict[str, float]]) -> Table:
+    table = Table(title="held-out digits, top-1 in %")
+    table.add_column("fine-tuned")
+    for heading in _TUNING_COLUMNS.values():
+        table.add_column(heading, justify="right")
+    for row, label in _TUNED_ROWS.items():
+        table.add_row(label, *_cells(results[row], _TUNING_COLUMNS))
+    return table
+
+
+def _cells(values: Mapping[str, float], columns: Mapping[str, str]) -> list[str]:
+    return [f"{values[name]:.1f}" if name in values else "-" for name in columns]
 
 
 def _in_words(results: dict[str, dict[str, float]]) -> str:
@@ -210,6 +241,16 @@ def _in_words(results: dict[str, dict[str, float]]) -> str:
     return (
         f"The distilled student, which saw no label, stands at {against(teacher)} against its teacher, {against(untrained)} "
         f"against itself untrained, and {against(regression)} against plain feature regression."
+    )
+
+
+def _tuning_in_words(results: dict[str, dict[str, float]]) -> str:
+    """What fine-tuning gave, whatever that is."""
+    most, tenth = _TUNING_COLUMNS
+    distilled, teacher, supervised = (results[row] for row in ("distilled", "teacher", "supervised"))
+    return (
+        f"Fine-tuned on all labels the distilled student stands at {distilled[most] - teacher[most]:+.1f} points against "
+        f"its teacher; on a tenth of them at {distilled[tenth] - supervised[tenth]:+.1f} against the same from scratch."
     )
 
 

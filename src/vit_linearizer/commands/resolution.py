@@ -1,4 +1,4 @@
-"""What every training command does between its flags and its run: the recipe with the flags' values, the model at its size."""
+"""What every training command does between its flags and its run: a recipe with the flags' values, a model at its size."""
 
 import dataclasses
 import logging

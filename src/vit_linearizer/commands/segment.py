@@ -130,7 +130,7 @@ def segment(config: SegmentConfig) -> Path:
     name = config.recipe or f"segment_{config.dataset}"
     table = find_recipe(SEGMENTATION, name, probe.pretrained_cfg["architecture"])
     crop = parse_size("--crop", config.crop) or table.objectives.crop or nominal_size(probe)
-    parsed = {"crop": crop, "stride": parse_size("--stride", config.stride)}
+    parsed: dict[str, Any] = {"crop": crop, "stride": parse_size("--stride", config.stride)}
     apply_flags(table, config, **parsed)  # refuses what cannot be, before anything is read
     if parsed["stride"] and any(step > side for step, side in zip(parsed["stride"], crop, strict=True)):
         raise UserError("--stride", config.stride, f"must be no larger than the crop {crop[0]}x{crop[1]}")

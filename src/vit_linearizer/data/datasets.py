@@ -178,7 +178,9 @@ def _collate_listed(items: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def training_loader(dataset: Dataset[dict[str, Tensor]], sampler: StepSampler, *, num_workers: int, pin_memory: bool) -> DataLoader:
+def training_loader(
+    dataset: Dataset[dict[str, Tensor]], sampler: StepSampler, *, num_workers: int, pin_memory: bool
+) -> DataLoader:
     """Batches of this process in step order; images are uint8 ``[B, 3, H, W]``."""
     return DataLoader(
         dataset,

@@ -47,8 +47,11 @@ def open_labelled(data: str) -> LabelledData:
         missing = next(part for part in parts if part not in there)
         raise UserError("--data", data, f"holds {there[0].name}/ but no {missing.name}/; give both, or the folder in which "
                         "the class folders stand")  # fmt: skip
-    training = ClassFolderSource(parts[0] if there else data)
-    validation = ClassFolderSource(parts[1], training.classes) if there else None
+    if not there:
+        training = ClassFolderSource(data)
+        return LabelledData(training=training, validation=None, classes=training.classes)
+    training = ClassFolderSource(parts[0], called=f"{_TRAINING}/")
+    validation = ClassFolderSource(parts[1], training.classes, called=f"{_VALIDATION}/")
     return LabelledData(training=training, validation=validation, classes=training.classes)
 
 

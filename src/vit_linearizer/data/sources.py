@@ -69,13 +69,15 @@ class ClassFolderSource(FolderSource):
     Args:
         folder: holds one folder a class.
         classes: their names in the order of their numbers; by default all there are, sorted.
+        called: what names of pictures begin with, to tell the two parts of a data set apart.
 
     Raises:
         UserError: no class folders, or one that is not among the classes.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], classes: Sequence[str] | None = None):
+    def __init__(self, folder: str | os.PathLike[str], classes: Sequence[str] | None = None, *, called: str = ""):
         super().__init__(folder)
+        self.called = called
         loose = [path for path in self.paths if len(path.parts) == 1]
         self.skipped += [(path.as_posix(), "in no class folder") for path in loose]
         self.paths = [path for path in self.paths if len(path.parts) > 1]
@@ -88,6 +90,10 @@ class ClassFolderSource(FolderSource):
             known = f"{len(self.classes)} classes, {', '.join(self.classes[:3])}, ..."
             raise UserError("--data", Path(folder) / unknown[0], f"is no class folder of the training images ({known})")
         self.labels = np.array([number[name] for name in names])
+        self.skipped = [(called + name, reason) for name, reason in self.skipped]
+
+    def name(self, index: int) -> str:
+        return self.called + super().name(index)
 
 
 class DigitsSource:

@@ -1,7 +1,8 @@
 """What a model is shown of a picture: crops, flips and colours, and the patches that are hidden.
 
 Source: ThreeAugment of DeiT-III (arXiv 2204.07118), through timm's ``3a`` policy: a random resized crop, a flip, one of
-grey, solarised or blurred, and colour jitter 0.3. RandAugment (arXiv 1909.13719) is timm's too. Every random choice depends on (seed, epoch, picture, repeat) alone.
+grey, solarised or blurred, and colour jitter 0.3. RandAugment (arXiv 1909.13719) is timm's too. Every
+random choice depends on (seed, epoch, picture, repeat) alone.
 """
 
 import contextlib

@@ -1,4 +1,4 @@
-"""How close a student is to its teacher, without labels: maps stage by stage, and what its final tokens say of the teacher's.
+"""How close a student is to its teacher, without labels: maps stage by stage, and what its final tokens say of the other's.
 
 Sources: the activation maps of ViT-Linearizer (arXiv 2504.00037, eq. 4); linear CKA (arXiv 1905.00414, section 3).
 """

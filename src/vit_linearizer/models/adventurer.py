@@ -167,9 +167,8 @@ class Adventurer(nn.Module):
         return x if pre_logits else self.head(x)
 
     def forward(self, x: Tensor) -> Tensor:
-        if not torch.jit.is_scripting():
-            if self._reads_class_token_alone(x):
-                return self.forward_head(self.forward_class_token(x))
+        if not torch.jit.is_scripting() and self._reads_class_token_alone(x):
+            return self.forward_head(self.forward_class_token(x))
         return self.forward_head(self.forward_features(x))
 
     def forward_intermediates(

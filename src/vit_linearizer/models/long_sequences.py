@@ -5,6 +5,7 @@ itself. It must equal the block in one go (`AdventurerBlock.in_one_go`). Parts f
 hands the state of its scan from one to the next.
 """
 
+import collections
 import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -69,9 +70,7 @@ def block_in_parts(block: Any, x: Tensor) -> Tensor:
 
 def class_token_core_in_parts(block: Any, x: Tensor) -> Tensor:
     """``[B, N + 1, D] -> [B, 1, inner]``: what the mixer's core makes of the class token, which it reads last."""
-    mixed = x
-    for _, mixed in _cores(block, x):
-        pass
+    ((_, mixed),) = collections.deque(_cores(block, x), maxlen=1)
     return mixed[:, -1:]
 
 

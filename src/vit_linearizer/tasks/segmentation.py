@@ -1,7 +1,7 @@
 """Semantic segmentation: cross-entropy at every labelled pixel, and mean intersection over union on held-out pictures.
 
-Source: ViT-Linearizer's evaluation with UperNet (arXiv 2504.00037, section 4), which gives no recipe; values are those of the
-public BEiT one. The auxiliary head's loss counts 0.4.
+Source: ViT-Linearizer's evaluation with UperNet (arXiv 2504.00037, section 4), which gives no recipe; its
+values are those of the public BEiT one. The auxiliary head's loss counts 0.4.
 """
 
 import functools
@@ -65,7 +65,13 @@ class Segmentation(Task):
     score = ("miou", False)
 
     def __init__(
-        self, segmenter: Segmenter, config: SegmentationConfig, *, classes: tuple[str, ...], palette: Any, noted: dict[str, Any]
+        self,
+        segmenter: Segmenter,
+        config: SegmentationConfig,
+        *,
+        classes: tuple[str, ...],
+        palette: Any,
+        noted: dict[str, Any],
     ):
         super().__init__()
         self.segmenter = segmenter

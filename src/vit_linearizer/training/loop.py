@@ -147,7 +147,9 @@ def train(
                     with clock.paused():
                         evaluate()
                         save()
-                elif progress.step % save_steps == 0 or _agree(accelerator, time.monotonic() - saved_at > 60 * runtime.checkpoint_minutes):
+                elif progress.step % save_steps == 0 or _agree(
+                    accelerator, time.monotonic() - saved_at > 60 * runtime.checkpoint_minutes
+                ):
                     save()
                 if stop.agreed:
                     save()

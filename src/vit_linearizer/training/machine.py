@@ -1,7 +1,11 @@
-"""What runs where: accelerate's view of this machine, and what ``auto`` means on it."""
+"""What runs where: accelerate's view of this machine, what ``auto`` means on it, and how it asks a program to end."""
 
+import contextlib
 import logging
 import os
+import signal
+import threading
+from collections.abc import Iterator
 
 import psutil
 import torch
@@ -72,3 +76,16 @@ def memory_gib(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return psutil.Process().memory_info().rss / 2**30
+
+
+@contextlib.contextmanager
+def termination_as_interrupt() -> Iterator[None]:
+    """SIGTERM ends the work as Ctrl-C does: what is done is written."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

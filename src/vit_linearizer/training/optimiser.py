@@ -12,7 +12,6 @@ from ..data.sampler import steps_per_epoch
 from ..tasks import Task
 from .config import OptimisationConfig, RuntimeConfig
 
-
 #: Evaluations of a run that is counted in iterations.
 _EVALUATIONS = 10
 

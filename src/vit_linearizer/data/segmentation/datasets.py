@@ -68,11 +68,11 @@ class SegmentationEvaluationSet(Dataset[dict[str, Any]]):
         return {"image": view, "mask": torch.from_numpy(mask), "number": number}
 
 
-def evaluation_loader(dataset: SegmentationEvaluationSet, *, batch_size: int, num_workers: int) -> DataLoader:
+def evaluation_loader(dataset: Dataset[dict[str, Any]], *, batch_size: int, num_workers: int) -> DataLoader:
     """All pictures once, in order, as lists of items: their sizes differ.
 
     Args:
-        dataset: what to read.
+        dataset: a `SegmentationEvaluationSet`, or a part of one.
         batch_size: items in a list; the last one may be shorter.
         num_workers: processes that read; 0 reads in this one.
 

@@ -15,8 +15,9 @@ from PIL import Image
 from torchvision.datasets import Cityscapes
 
 from ...contracts import UserError, did_you_mean
-from ..images import EXTENSIONS, UnreadableImageError, header_problem, walk_images, read_image
+from ..images import EXTENSIONS, UnreadableImageError, header_problem, read_image, walk_images
 from .masks import IGNORED, ClassTable, WrongMaskError, read_mask
+from .shapes import SHAPES, ShapesSource
 
 __all__ = ["IGNORED", "SegmentationKind", "SegmentationSource", "Split", "open_segmentation"]
 
@@ -125,7 +126,8 @@ def open_segmentation(data: str, kind: SegmentationKind, split: Split) -> Segmen
         data: the folder. ``ade20k``: ADEChallengeData2016 or its parent, with ``images/{training,validation}/*.jpg``
             and ``annotations/{training,validation}/*.png``. ``cityscapes``: with ``leftImg8bit`` and ``gtFine``.
             ``folder``: with ``images/{train,val}/STEM.*``, ``masks/{train,val}/STEM.png`` and ``classes.txt``, where a
-            mask's value is the 0-based line of its class and 255 is ignored; in any depth of folders below the split's.
+            mask's value is the 0-based line of its class and 255 is ignored; in any depth of folders below the split's; or
+            ``builtin:shapes``, generated pictures.
         kind: what lies there.
         split: the part to train on or the one to validate on.
 
@@ -137,9 +139,11 @@ def open_segmentation(data: str, kind: SegmentationKind, split: Split) -> Segmen
     """
     openers = {"ade20k": _open_ade20k, "cityscapes": _open_cityscapes, "folder": _open_folder}
     if kind not in openers:
-        raise UserError("--kind", kind, f"must be one of {', '.join(openers)}{did_you_mean(kind, openers)}")
+        raise UserError("--dataset", kind, f"must be one of {', '.join(openers)}{did_you_mean(kind, openers)}")
     if split not in get_args(Split):
         raise UserError("--split", split, "must be train or val")
+    if data == SHAPES and kind == "folder":
+        return ShapesSource(split, _colours(len(ShapesSource.classes)))
     folder = Path(data)
     if not folder.is_dir():
         raise UserError("--data", data, "no such folder; give a folder of images and masks")

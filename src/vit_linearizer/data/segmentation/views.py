@@ -2,8 +2,8 @@
 
 Source: the recipe that UperNet (Xiao et al., arXiv 1807.10221) and Swin (arXiv 2103.14030) are trained with on ADE20K: the
 short side brought to the crop's, times a scale drawn evenly from 0.5 to 2; a random crop of which no class fills more than
-three quarters; a mirror; photometric distortion of SSD (arXiv 1512.02325). Choices: torchvision's form of that distortion,
-which also permutes the colour channels, and padding with black at the right and the bottom, after the colours.
+three quarters; a mirror; photometric distortion of SSD (arXiv 1512.02325) without its permutation of channels. A choice:
+padding with black at the right and the bottom, after the colours.
 
 Picture and mask are sampled at the same points: a pixel of the mask is the class at its centre.
 """
@@ -20,8 +20,8 @@ from torchvision.transforms.v2 import functional as F
 
 from ...contracts import UserError
 from ..sampler import Draw
-from .masks import IGNORED
 from ..views import seeded
+from .masks import IGNORED
 
 #: Crops drawn anew where one class fills too much, as in the recipe.
 _TRIES = 10
@@ -74,7 +74,13 @@ class SegmentationView:
         if min(crop) < 1:
             raise UserError("--crop", f"{crop[0]}x{crop[1]}", "must be at least 1x1")
         self.crop, self.config, self.resize, self.seed = crop, config, resize, seed
-        self.colour = v2.RandomPhotometricDistort()
+        jitters = (
+            {"brightness": (0.875, 1.125)},
+            {"contrast": (0.5, 1.5)},
+            {"saturation": (0.5, 1.5)},
+            {"hue": (-0.05, 0.05)},
+        )
+        self.colour = v2.Compose([v2.RandomApply([v2.ColorJitter(**jitter)], p=0.5) for jitter in jitters])
 
     def __call__(self, image: Image.Image, mask: np.ndarray, draw: Draw) -> dict[str, Tensor]:
         """A view.
