@@ -355,7 +355,8 @@ def test_a_head_on_the_class_token_spares_the_last_blocks_patches(depth, size):
     want = model.forward_head(model.forward_features(pictures))
     torch.testing.assert_close(model(pictures), want, rtol=1e-12, atol=1e-12)
     model.requires_grad_(False)
-    tokens, mlp = size[0] * size[1] // 64, sum(p.numel() for n, p in model.layers[-1].mlp.named_parameters() if "weight" in n)
+    weights = [p for name, p in model.layers[-1].mlp.named_parameters() if "weight" in name]
+    tokens, mlp = size[0] * size[1] // 64, sum(weight.numel() for weight in weights)
     spared = 2 * 2 * tokens * (mlp + model.layers[-1].mixer.out_proj.weight.numel())
     spared += 2 * 2 * model.layers[-1].mixer.out_proj.weight.numel()  # of the heading average
     whole = counted_flops(lambda x: model.forward_head(model.forward_features(x)), pictures)

@@ -194,8 +194,8 @@ def test_resume_never_starts_over(small_run) -> None:
 def test_two_processes_give_the_losses_of_one(small_run, tmp_path: Path, flags: dict) -> None:
     one = distill(small_run(out=str(tmp_path / "one"), **flags))
     config = small_run(out=str(tmp_path / "two"), **flags)
-    launcher = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
-                "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0")  # fmt: skip
+    # torch's own launcher: accelerate's, told to use the CPU, starts a single process.
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     process = start(config, *launcher)
     output = process.communicate(timeout=180)[0]
     assert process.returncode == 0, output

@@ -12,14 +12,13 @@ import torch.nn as nn
 
 from ..data.datasets import SkippedList, split_held_out
 from ..data.sources import ImageSource, Labels, open_source
-from ..data.views import Augmentation, MaskConfig
+from ..data.views import MaskConfig
 from ..models.adapters import check_plain, nominal_size, patch_grid
 from ..models.loading import create_backbone, model_folder, probe_backbone
 from ..models.teacher import agreeing_size, load_teacher
 from ..objectives import Masking, MatchedTokens, Target, masked_count
 from ..recipes import DISTILLATION, DistillationRecipe, find_recipe
 from ..tasks import Distillation
-from ..training.config import RuntimeConfig
 from ..training.data import prepare_data
 from ..training.loop import train
 from ..training.machine import choose_workers, make_accelerator
@@ -28,6 +27,7 @@ from ..training.progress import show_messages
 from ..training.run_folder import RunFolder
 from .arguments import parse_model_args, parse_size
 from .resolution import apply_flags, fit_to_images, resolved_data, resolved_runtime
+from .training_flags import TrainingFlags, ViewFlags
 
 logger = logging.getLogger("vit_linearizer")
 
@@ -37,7 +37,7 @@ _FEW_HELD_OUT = 20
 
 
 @dataclass(frozen=True, kw_only=True)
-class DistillConfig(RuntimeConfig):
+class DistillConfig(TrainingFlags, ViewFlags):
     """Distil a Vision Transformer into a linear-time student, from images without labels.
 
     Options without a default take the recipe's value; --dry-run prints them all.
@@ -56,17 +56,7 @@ class DistillConfig(RuntimeConfig):
         image_size: what the student sees, 224 or HEIGHTxWIDTH; by default the student's nominal size.
         teacher_image_size: what the teacher sees; by default the size at which the patch grids agree.
         epochs: passes over the images.
-        batch_size: global, over all processes and accumulation steps; at most the number of images.
-        learning_rate: peak; by default the recipe's, scaled by the square root of the batch size over the recipe's.
-        minimum_learning_rate: at both ends of the schedule.
-        weight_decay: of AdamW.
         warmup_epochs: linear warm-up, at most a tenth of the run.
-        clip_norm: largest gradient norm.
-        drop_path: of the student's last block.
-        augmentation: three (ThreeAugment), crop, affine (for pictures that a crop would change) or none.
-        smallest_crop: smallest share of a picture that a crop keeps.
-        horizontal_flip: probability of mirroring.
-        repeats: repeated augmentation.
         stages: number of stages whose activation maps are matched.
         mask_ratio: share of patches hidden from the student.
         masking: token-wise or block-wise masks.
@@ -76,8 +66,6 @@ class DistillConfig(RuntimeConfig):
         masked_prediction_target: LayerNorm of the teacher's last block, or as it is.
         feature_regression_weight: factor on plain regression of the final tokens.
         feature_regression_target: as for masked prediction.
-        dry_run: print models, shapes, images, memory and steps, and stop.
-        debug: show the traceback of an error.
     """
 
     teacher: str
@@ -93,17 +81,7 @@ class DistillConfig(RuntimeConfig):
     image_size: str | None = None
     teacher_image_size: str | None = None
     epochs: int | None = None
-    batch_size: int | None = None
-    learning_rate: float | None = None
-    minimum_learning_rate: float | None = None
-    weight_decay: float | None = None
     warmup_epochs: float | None = None
-    clip_norm: float | None = None
-    drop_path: float | None = None
-    augmentation: Augmentation | None = None
-    smallest_crop: float | None = None
-    horizontal_flip: float | None = None
-    repeats: int | None = None
     stages: int | None = None
     mask_ratio: float | None = None
     masking: Masking | None = None
@@ -113,8 +91,6 @@ class DistillConfig(RuntimeConfig):
     masked_prediction_target: Target | None = None
     feature_regression_weight: float | None = None
     feature_regression_target: Target | None = None
-    dry_run: bool = False
-    debug: bool = False
 
 
 def distill(config: DistillConfig) -> Path:

@@ -142,7 +142,7 @@ def _possible(config: EvaluateConfig, data: LabelledData, subjects: dict[str, Su
             continue
         if metric in _NEED_TRAINING and data.validation is None:
             continue
-        if metric in ("top1", "top5") and not any(s.classes == len(data.classes) for s in subjects.values()):
+        if metric in ("top1", "top5") and not any(s.reads(data.classes) for s in subjects.values()):
             continue
         if metric == "top5" and len(data.classes) <= 5:
             continue
@@ -160,15 +160,16 @@ def _refuse(config: EvaluateConfig, metrics: Sequence[Metric], data: LabelledDat
             raise UserError("--metrics", metric, remedy)
     for metric in ("top1", "top5"):
         for name, subject in subjects.items():
-            if metric in asked and subject.classes != len(data.classes):
+            if metric in asked and not subject.reads(data.classes):
                 has = f"has {subject.classes} outputs" if subject.classes else "has no classifier"
+                has = "has classes of other names" if subject.classes == len(data.classes) else has
                 remedy = f"{name} {has}, the data {len(data.classes)} classes; fine-tune it first, or leave this metric out"
                 raise UserError("--metrics", metric, remedy)
     if "top5" in asked and len(data.classes) <= 5:
         raise UserError("--metrics", "top5", f"says nothing of {len(data.classes)} classes")
     if "corruptions" in metrics and data.validation is None:
         for name, subject in everyone.items():
-            if subject.classes != len(data.classes):
+            if not subject.reads(data.classes):
                 remedy = f"{name} has no classifier for these {len(data.classes)} classes, and no train/ to fit one on"
                 raise UserError("--metrics", "corruptions", remedy)
     if "fidelity" in metrics and config.teacher is not None:

@@ -9,7 +9,7 @@ import torch.nn as nn
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from ..data.datasets import CentreSet, centre_loader, to_device
+from ..data.datasets import CentreSet, ReadableLoader, centre_loader, to_device
 from ..data.labelled import LabelledData
 from ..data.sources import ImageSource
 from ..evaluation import (
@@ -46,8 +46,13 @@ class Subject:
         self.image_size = given or nominal_size(model)
         patch_grid(model, self.image_size)
         self.classes = int(getattr(model, "num_classes", 0))
+        self.class_names = tuple(model.pretrained_cfg.get("label_names") or ())
 
-    def loader(self, source: ImageSource, config: "EvaluateConfig", numbers: Sequence[int] | None = None) -> DataLoader:
+    def reads(self, classes: tuple[str, ...]) -> bool:
+        """Whether its head is one for these classes, as far as it says."""
+        return self.classes == len(classes) and self.class_names in ((), classes)
+
+    def loader(self, source: ImageSource, config: "EvaluateConfig", numbers: Sequence[int] | None = None) -> ReadableLoader:
         pictures = CentreSet(source, range(len(source)) if numbers is None else numbers, self.image_size)
         return centre_loader(pictures, batch_size=config.batch_size, num_workers=config.num_workers)
 
@@ -63,7 +68,7 @@ def measure(
     """Everything but corruptions, by the names of the metrics."""
     values: dict[str, Any] = {}
     test = subject.loader(test_part(data), config)
-    if subject.classes == len(data.classes) and {"top1", "top5"} & set(metrics):
+    if subject.reads(data.classes) and {"top1", "top5"} & set(metrics):
         scores = class_scores(subject.model, test, device)
         values |= {name: scores[name] for name in ("top1", "top5") if name in metrics and name in scores}
     if {"knn", "linear_probe", "few_shot"} & set(metrics):
@@ -77,6 +82,8 @@ def measure(
             values["few_shot"] = few_shot_accuracy(*training, *judged, shots=config.shots, draws=config.draws)
     if "fidelity" in metrics:
         values |= _fidelity(subject, test, config, device)
+    if test.read:
+        values["skipped"] = len(test.dataset) - test.read  # type: ignore[arg-type]  # it has a length
     return values
 
 
@@ -142,7 +149,7 @@ class _Ticker:
 
 
 def _reader(subject: Subject, config: "EvaluateConfig", data: LabelledData, device: torch.device) -> Reader:
-    if subject.classes == len(data.classes):
+    if subject.reads(data.classes):
         return lambda images: subject.model(normalize(subject.model, images)).float().argmax(1).cpu()  # type: ignore[no-any-return]
     probe = fit_linear_probe(*collect_features(subject.model, subject.loader(data.training, config), device))
 

@@ -11,21 +11,29 @@ import torch
 from ..data.datasets import CentreSet, SkippedList, TrainingSet, centre_loader, split_held_out
 from ..data.labelled import LabelledData, choose_labelled, open_labelled
 from ..data.sources import ImageSource
-from ..data.views import Augmentation, TrainingView
+from ..data.views import TrainingView
 from ..evaluation.processes import own_share
-from ..models.adapters import check_plain, nominal_size, patch_grid
-from ..models.loading import probe_backbone
+from ..models.adapters import nominal_size, patch_grid
 from ..recipes import FINE_TUNING, ClassificationRecipe, find_recipe, finetuning_recipe
 from ..tasks import Classification
-from ..training.config import RuntimeConfig
 from ..training.data import TrainingData
 from ..training.loop import train
 from ..training.machine import choose_workers, make_accelerator
 from ..training.optimiser import total_steps
 from ..training.progress import show_messages
 from ..training.run_folder import RunFolder
-from .arguments import parse_model_args, parse_size
-from .resolution import apply_flags, fit_to_images, open_at_size, resolved_data, resolved_runtime, set_patch_size
+from .arguments import parse_size
+from .resolution import (
+    apply_flags,
+    fit_to_images,
+    open_at_size,
+    probe_model,
+    resolved_data,
+    resolved_model,
+    resolved_runtime,
+    set_patch_size,
+)
+from .training_flags import TunedModelFlags, ViewFlags
 
 logger = logging.getLogger("vit_linearizer")
 
@@ -33,70 +41,34 @@ _EVALUATION_BATCH = 64
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinetuneConfig(RuntimeConfig):
+class FinetuneConfig(TunedModelFlags, ViewFlags):
     """Train a classifier on labelled pictures: a distilled student, a student from scratch, or a teacher.
 
     Options without a default take the recipe's value; --dry-run prints them all.
 
     Attributes:
-        model: run folder, timm name, hf-hub:OWNER/NAME, local-dir:FOLDER, or a weight file (with --model-arch).
         data: folder with train/ and val/ and a folder a class in each, a folder of class folders (a twentieth is held
             out), or builtin:digits.
         out: folder that the run leaves its results in.
         recipe: finetune_small, finetune_base or finetune_large (the paper; by default the one of the model's size),
             digits or smoke.
-        model_arch: timm name of the architecture, when the model is a weight file.
-        model_args: arguments of the architecture, as name=value (e.g. flip=released).
-        model_pretrained: load a timm name's pretrained weights; --no-model-pretrained trains from scratch.
         label_fraction: share of every class's training pictures that is used.
         image_size: 224 or HEIGHTxWIDTH; by default the model's nominal size.
-        patch_size: side of a patch; by default the model's. Other weights are resampled to it.
         global_pool: what the head reads, token or avg; by default as the model has it (a distilled student: avg).
         epochs: passes over the images.
-        batch_size: global, over all processes and accumulation steps; at most the number of images.
-        learning_rate: peak; by default the recipe's, scaled by the square root of the batch size over the recipe's.
-        minimum_learning_rate: at both ends of the schedule.
-        weight_decay: of AdamW.
         warmup_epochs: linear warm-up; in a shorter run no larger a share of it than the recipe's.
-        layer_decay: factor on the learning rate from layer to layer, last to first; 1 for none.
-        clip_norm: largest gradient norm.
-        drop_path: of the last block.
         label_smoothing: share of the target that is spread over all classes.
-        augmentation: rand (RandAugment), three (ThreeAugment), crop, affine or none.
-        smallest_crop: smallest share of a picture that a crop keeps.
-        horizontal_flip: probability of mirroring.
-        repeats: repeated augmentation.
-        dry_run: print model, images and steps, and stop.
-        debug: show the traceback of an error.
     """
 
-    model: str
     data: str
     out: str
     recipe: str | None = None
-    model_arch: str | None = None
-    model_args: tuple[str, ...] = ()
-    model_pretrained: bool = True
     label_fraction: float = 1.0
     image_size: str | None = None
-    patch_size: int | None = None
     global_pool: Literal["token", "avg"] | None = None
     epochs: int | None = None
-    batch_size: int | None = None
-    learning_rate: float | None = None
-    minimum_learning_rate: float | None = None
-    weight_decay: float | None = None
     warmup_epochs: float | None = None
-    layer_decay: float | None = None
-    clip_norm: float | None = None
-    drop_path: float | None = None
     label_smoothing: float | None = None
-    augmentation: Augmentation | None = None
-    smallest_crop: float | None = None
-    horizontal_flip: float | None = None
-    repeats: int | None = None
-    dry_run: bool = False
-    debug: bool = False
 
 
 def finetune(config: FinetuneConfig) -> Path:
@@ -110,13 +82,7 @@ def finetune(config: FinetuneConfig) -> Path:
         UserError: anything in the configuration that cannot work; found before the training starts.
     """
     show_messages()
-    probe: Any = probe_backbone(
-        config.model,
-        field="--model",
-        architecture=config.model_arch,
-        **parse_model_args("--model-args", config.model_args),
-    )
-    check_plain(probe, config.model, field="--model")
+    probe: Any = probe_model(config)
     architecture = probe.pretrained_cfg["architecture"]
     name = config.recipe or finetuning_recipe(architecture)
     table = find_recipe(FINE_TUNING, name, architecture)
@@ -133,17 +99,13 @@ def finetune(config: FinetuneConfig) -> Path:
     recipe = fit_to_images(table, config, images=len(training), parts=parts)
     resolved = {
         "command": "finetune",
-        "model": config.model,
-        "model_arch": config.model_arch,
-        "model_args": list(config.model_args),
-        "model_pretrained": config.model_pretrained,
+        **resolved_model(config),
         "data": resolved_data(config.data),
         "images": len(training),
         "classes": len(data.classes),
         "label_fraction": config.label_fraction,
         "recipe": name,
         "image_size": list(image_size),
-        "patch_size": config.patch_size,
         "global_pool": config.global_pool,
         **recipe.flat(),
         **resolved_runtime(config, accelerator),
@@ -152,6 +114,8 @@ def finetune(config: FinetuneConfig) -> Path:
     torch.manual_seed(config.seed)
     chosen = {"global_pool": config.global_pool} if config.global_pool else {}
     model: Any = open_at_size(config, image_size, num_classes=len(data.classes), drop_path_rate=recipe.drop_path, **chosen)
+    if tuple(model.pretrained_cfg.get("label_names") or data.classes) != data.classes:
+        model.reset_classifier(len(data.classes))  # as many classes, but others
     model.pretrained_cfg |= {"num_classes": len(data.classes), "label_names": list(data.classes)}
     task = Classification(model, recipe.objectives)
     if config.dry_run:

@@ -9,11 +9,13 @@ import torch.nn as nn
 from accelerate import Accelerator
 
 from ..contracts import UserError
-from ..models.loading import has_weights, open_model
+from ..models.adapters import check_plain
+from ..models.loading import has_weights, open_model, probe_backbone
 from ..recipes import Recipe
 from ..training.config import RuntimeConfig
 from ..training.optimiser import fit_batch
 from .arguments import parse_model_args
+from .training_flags import TunedModelFlags
 
 logger = logging.getLogger("vit_linearizer")
 
@@ -55,22 +57,40 @@ def resolved_data(data: str) -> str:
     return data if data.startswith("builtin:") else str(Path(data).resolve())
 
 
-def open_at_size(config: Any, image_size: tuple[int, int], **model_args: Any) -> nn.Module:
+def probe_model(config: TunedModelFlags) -> nn.Module:
+    """The model that is to be trained, without weights or memory, to ask for sizes and to refuse it early.
+
+    Raises:
+        UserError: unknown, or no plain backbone.
+    """
+    given = parse_model_args("--model-args", config.model_args)
+    probe = probe_backbone(config.model, field="--model", architecture=config.model_arch, **given)
+    check_plain(probe, config.model, field="--model")
+    return probe
+
+
+def resolved_model(config: TunedModelFlags) -> dict[str, Any]:
+    """What ``config.json`` says of the model that is trained."""
+    names = ("model", "model_arch", "model_args", "model_pretrained", "patch_size")
+    return {name: getattr(config, name) for name in names}
+
+
+def open_at_size(config: TunedModelFlags, image_size: tuple[int, int], **model_args: Any) -> nn.Module:
     """The model that a configuration names by ``model`` and its kin, for an image size and ``patch_size``.
 
     Args:
-        config: with ``model``, ``model_arch``, ``model_args``, ``model_pretrained`` and ``patch_size``.
+        config: of the command.
         image_size: (height, width) that its positions are made for.
         **model_args: of the training, before the user's; a ``drop_path_rate`` is not saved with the model.
 
     Raises:
         UserError: as `open_model`, or a model whose patches cannot be changed.
     """
-    pretrained = has_weights(config.model) and config.model_pretrained
-    resampled = pretrained and config.patch_size is not None
+    patch_size = config.patch_size
+    resampled = has_weights(config.model) and config.model_pretrained and patch_size is not None
     if not resampled:
         model_args["img_size"] = image_size
-        model_args |= {"patch_size": config.patch_size} if config.patch_size is not None else {}
+        model_args |= {"patch_size": patch_size} if patch_size is not None else {}
     model: Any = open_model(
         config.model,
         field="--model",
@@ -78,8 +98,8 @@ def open_at_size(config: Any, image_size: tuple[int, int], **model_args: Any) ->
         pretrained=config.model_pretrained,
         **model_args | parse_model_args("--model-args", config.model_args),
     )
-    if resampled:
-        set_patch_size(model, config.patch_size, image_size)
+    if resampled and patch_size is not None:
+        set_patch_size(model, patch_size, image_size)
     model._model_args.pop("drop_path_rate", None)  # a matter of this training, not of the model
     return model
 

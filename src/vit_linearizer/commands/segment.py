@@ -20,92 +20,72 @@ from ..data.segmentation import (
 )
 from ..evaluation.processes import own_share
 from ..evaluation.segmentation import Mode
-from ..models.adapters import check_plain, nominal_size, patch_grid
-from ..models.loading import probe_backbone
+from ..models.adapters import nominal_size, patch_grid
 from ..models.segmenter import Head, Segmenter, tap_blocks
 from ..recipes import SEGMENTATION, find_recipe
 from ..tasks import Segmentation
-from ..training.config import RuntimeConfig
 from ..training.data import TrainingData
 from ..training.loop import train
 from ..training.machine import choose_workers, make_accelerator
 from ..training.progress import show_messages
 from ..training.run_folder import RunFolder
-from .arguments import parse_model_args, parse_size
-from .resolution import apply_flags, fit_to_images, open_at_size, resolved_data, resolved_runtime, set_patch_size
+from .arguments import parse_size
+from .resolution import (
+    apply_flags,
+    fit_to_images,
+    open_at_size,
+    probe_model,
+    resolved_data,
+    resolved_model,
+    resolved_runtime,
+    set_patch_size,
+)
+from .training_flags import TunedModelFlags
 
 logger = logging.getLogger("vit_linearizer")
 
 
 @dataclass(frozen=True, kw_only=True)
-class SegmentConfig(RuntimeConfig):
+class SegmentConfig(TunedModelFlags):
     """Train a segmentation model on ADE20K, Cityscapes or a folder of pictures and masks.
 
     Options without a default take the recipe's value; --dry-run prints them all.
 
     Attributes:
-        model: run folder, timm name, hf-hub:OWNER/NAME, local-dir:FOLDER, or a weight file (with --model-arch).
         data: ADEChallengeData2016, the folder of Cityscapes, or one with images/{train,val}, masks/{train,val}, classes.txt.
         dataset: what lies there.
         out: folder that the run leaves its results in.
         recipe: segment_ade20k, segment_cityscapes, segment_folder (by default the one of the data set) or smoke.
-        model_arch: timm name of the architecture, when the model is a weight file.
-        model_args: arguments of the architecture, as name=value (e.g. flip=released).
-        model_pretrained: load a timm name's pretrained weights; --no-model-pretrained trains from scratch.
         head: upernet (needs the extra segmentation) or linear.
         head_width: channels inside UperNet.
         auxiliary_weight: of UperNet's auxiliary head in the loss.
         crop: what the model is trained on, 512 or HEIGHTxWIDTH; by default the recipe's, or the model's nominal size.
-        patch_size: side of a patch; by default the model's. Other weights are resampled to it.
         mode: held-out pictures are judged whole or by sliding windows of the crop's size.
         stride: from window to window, 341 or HEIGHTxWIDTH; by default two thirds of the crop.
         iterations: steps of the run.
-        batch_size: global, over all processes and accumulation steps; at most the number of images.
-        learning_rate: peak; by default the recipe's, scaled by the square root of the batch size over the recipe's.
-        minimum_learning_rate: at both ends of the schedule.
-        weight_decay: of AdamW.
         warmup_iterations: linear warm-up, at most a tenth of the run.
-        layer_decay: factor on the learning rate from layer to layer, last to first; 1 for none.
-        clip_norm: largest gradient norm.
-        drop_path: of the last block.
         scales: least and greatest random factor on a picture's size.
         horizontal_flip: probability of mirroring.
         colour: photometric distortion.
         largest_class_share: a crop that one class fills more than this is drawn again.
-        dry_run: print model, images and steps, and stop.
-        debug: show the traceback of an error.
     """
 
-    model: str
     data: str
     dataset: SegmentationKind
     out: str
     recipe: str | None = None
-    model_arch: str | None = None
-    model_args: tuple[str, ...] = ()
-    model_pretrained: bool = True
     head: Head | None = None
     head_width: int | None = None
     auxiliary_weight: float | None = None
     crop: str | None = None
-    patch_size: int | None = None
     mode: Mode | None = None
     stride: str | None = None
     iterations: int | None = None
-    batch_size: int | None = None
-    learning_rate: float | None = None
-    minimum_learning_rate: float | None = None
-    weight_decay: float | None = None
     warmup_iterations: int | None = None
-    layer_decay: float | None = None
-    clip_norm: float | None = None
-    drop_path: float | None = None
     scales: tuple[float, float] | None = None
     horizontal_flip: float | None = None
     colour: bool | None = None
     largest_class_share: float | None = None
-    dry_run: bool = False
-    debug: bool = False
 
 
 def segment(config: SegmentConfig) -> Path:
@@ -119,13 +99,7 @@ def segment(config: SegmentConfig) -> Path:
         UserError: anything in the configuration that cannot work; found before the training starts.
     """
     show_messages()
-    probe: Any = probe_backbone(
-        config.model,
-        field="--model",
-        architecture=config.model_arch,
-        **parse_model_args("--model-args", config.model_args),
-    )
-    check_plain(probe, config.model, field="--model")
+    probe: Any = probe_model(config)
     tap_blocks(len(probe.feature_info))
     name = config.recipe or f"segment_{config.dataset}"
     table = find_recipe(SEGMENTATION, name, probe.pretrained_cfg["architecture"])
@@ -147,16 +121,12 @@ def segment(config: SegmentConfig) -> Path:
     objectives = recipe.objectives
     resolved = {
         "command": "segment",
-        "model": config.model,
-        "model_arch": config.model_arch,
-        "model_args": list(config.model_args),
-        "model_pretrained": config.model_pretrained,
+        **resolved_model(config),
         "data": resolved_data(config.data),
         "dataset": config.dataset,
         "images": len(training),
         "classes": len(training.classes),
         "recipe": name,
-        "patch_size": config.patch_size,
         **recipe.flat(),
         **resolved_runtime(config, accelerator),
     }

@@ -199,13 +199,9 @@ def leave_signals_to_parent(_worker: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def centre_loader(dataset: CentreSet, *, batch_size: int, num_workers: int = 0) -> DataLoader:
-    """All readable pictures once, in order; others are left out, so that no score counts a picture twice.
-
-    Raises:
-        UserError: while going through it, when there was none.
-    """
-    return _ReadableLoader(
+def centre_loader(dataset: CentreSet, *, batch_size: int, num_workers: int = 0) -> "ReadableLoader":
+    """All readable pictures once, in order; others are left out, so that no score counts a picture twice."""
+    return ReadableLoader(
         dataset,
         batch_size=batch_size,
         num_workers=num_workers,
@@ -214,15 +210,26 @@ def centre_loader(dataset: CentreSet, *, batch_size: int, num_workers: int = 0) 
     )
 
 
-class _ReadableLoader(DataLoader):
+class ReadableLoader(DataLoader):
+    """A loader that leaves out what is None.
+
+    Attributes:
+        read: pictures that the last pass gave.
+    """
+
+    read = 0
+
     def __iter__(self) -> Any:
-        empty = len(self.dataset) > 0  # type: ignore[arg-type]  # it has a length
+        self.read = 0
         for batch in super().__iter__():
             if batch is not None:
-                empty = False
+                self.read += len(batch["images"])
                 yield batch
-        if empty:
-            raise UserError("--data", "held-out images", "none of them can be read; see skipped.txt")
+
+
+def nothing_readable() -> UserError:
+    """What to raise when a loader, over all processes, had no picture."""
+    return UserError("--data", "held-out images", "none of them can be read")
 
 
 def _collate_readable(items: list[dict[str, Tensor] | None]) -> dict[str, Tensor] | None:

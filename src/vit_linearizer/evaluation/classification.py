@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from ..data.datasets import to_device
+from ..data.datasets import nothing_readable, to_device
 from ..models.adapters import normalize
 from .processes import sum_over_processes
 
@@ -20,6 +20,9 @@ def class_scores(model: nn.Module, loader: DataLoader, device: torch.device) -> 
 
     Returns:
         ``loss``, ``top1`` and, where there are more than five classes, ``top5``.
+
+    Raises:
+        UserError: not one picture could be read.
     """
     sums = torch.zeros(4, dtype=torch.float64)
     classes = 0
@@ -29,6 +32,8 @@ def class_scores(model: nn.Module, loader: DataLoader, device: torch.device) -> 
         classes = logits.shape[1]
         sums += count_right(logits, moved["labels"])
     loss, top1, top5, images = sum_over_processes(sums, device).tolist()
+    if images == 0:
+        raise nothing_readable()
     scores = {"loss": loss / images, "top1": 100 * top1 / images}
     return {**scores, "top5": 100 * top5 / images} if classes > _GUESSES else scores
 

@@ -5,7 +5,7 @@ import torch.nn as nn
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from ..data.datasets import to_device
+from ..data.datasets import nothing_readable, to_device
 from ..models.adapters import extract_features
 
 
@@ -15,6 +15,9 @@ def collect_features(model: nn.Module, loader: DataLoader, device: torch.device)
 
     Returns:
         ``[N, D]`` fp32 features and ``[N]`` labels, on the CPU.
+
+    Raises:
+        UserError: not one picture could be read.
     """
     was_training = model.training
     model.eval()
@@ -24,4 +27,6 @@ def collect_features(model: nn.Module, loader: DataLoader, device: torch.device)
         features.append(extract_features(model, moved["images"]).pooled.float().cpu())
         labels.append(moved["labels"].cpu())
     model.train(was_training)
+    if not features:
+        raise nothing_readable()
     return torch.cat(features), torch.cat(labels)

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ..contracts import Features, LossOutput, UserError
-from ..data.datasets import to_device
+from ..data.datasets import nothing_readable, to_device
 from ..evaluation import FidelityMeter, collect_features, knn_accuracy
 from ..models.adapters import extract_features, stage_ends
 from ..models.teacher import Teacher
@@ -181,6 +181,8 @@ class Distillation(Task):
             pooled.append(whole.pooled.float().cpu())
             if "labels" in batch:
                 labels.append(batch["labels"].cpu())
+        if not pooled:
+            raise nothing_readable()
         metrics = {**{name: total / images for name, total in sums.items()}, **meter.scores()}
         if bank is not None:
             features, bank_labels = collect_features(self.student, bank, device)

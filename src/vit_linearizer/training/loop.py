@@ -100,6 +100,9 @@ def train(
     saved_at = time.monotonic()
 
     def evaluate() -> None:
+        if accelerator.num_processes > 1:
+            for buffer in task.buffers():  # norms' statistics, which each process has of its own share
+                torch.distributed.broadcast(buffer, src=0)
         with torch.compiler.set_stance("force_eager"):  # its shapes and modes would each be compiled anew
             values = task.evaluate(data.held_out, data.bank, accelerator.device)  # in fp32, whatever the training does
         numbers = {name: value for name, value in values.items() if isinstance(value, int | float)}
@@ -108,7 +111,7 @@ def train(
         name, lower = task.score
         score = values[name] if lower else -values[name]
         if not math.isfinite(score):
-            raise UserError("held-out loss", f"{values[name]} at step {progress.step}", _NOT_FINITE)
+            raise UserError(f"held-out {name}", f"{values[name]} at step {progress.step}", _NOT_FINITE)
         if progress.step > 0 and (progress.best_score is None or score <= progress.best_score):  # of equals the latest
             progress.best_score, progress.best_step = score, progress.step
             if run.writes:
