@@ -272,8 +272,8 @@ def test_a_teacher_outside_the_list_is_compared_with_and_not_reported(runs: dict
     alone = evaluate(make_config(pictures, runs["student"], **common))
     assert list(alone) == [str(runs["student"])]
     assert alone[str(runs["student"])] == both[str(runs["student"])]
-    saved = json.loads((runs["teacher"] / "evaluation.json").read_text())["evaluate"][str(pictures.resolve())]
-    assert saved == both[str(runs["teacher"])]
+    (saved,) = json.loads((runs["teacher"] / "evaluation.json").read_text())["evaluate"]
+    assert saved == recorded(pictures, both[str(runs["teacher"])], teacher=str(runs["teacher"]))
 
 
 def test_a_headless_model_is_read_by_a_probe_on_its_features(runs: dict[str, Path], pictures: Path) -> None:
@@ -329,15 +329,20 @@ def test_accuracies_of_known_readers() -> None:
 # --- what is written
 
 
+def recorded(data: Path, values: dict, **settings) -> dict:
+    """A record as files hold it: what the numbers depend on, and the numbers."""
+    depends = dict(dataset=None, image_size=None, teacher=None, stages=4, shots=5, draws=20)
+    return {"data": str(data.resolve()), **depends, **settings, **values}
+
+
 def test_results_go_to_the_file_and_to_each_run(runs: dict[str, Path], pictures: Path, tmp_path: Path) -> None:
     out = tmp_path / "deep" / "results.json"
     before = json.loads((runs["student"] / "evaluation.json").read_text())
     results = evaluate(make_config(pictures, runs["student"], runs["headless"], metrics=("knn",), out=str(out)))
-    place = str(pictures.resolve())
-    assert json.loads(out.read_text()) == {"data": place, "teacher": None, "models": results}
+    assert json.loads(out.read_text()) == recorded(pictures, {"models": results})
     for name in ("student", "headless"):
         saved = json.loads((runs[name] / "evaluation.json").read_text())
-        assert saved.pop("evaluate") == {place: results[str(runs[name])]}
+        assert saved.pop("evaluate") == [recorded(pictures, results[str(runs[name])])]
         assert saved == (before if name == "student" else {})
 
 
@@ -345,9 +350,34 @@ def test_later_results_stand_beside_earlier_ones(runs: dict[str, Path], pictures
     run = runs["student"]
     knn = evaluate(make_config(pictures, run, metrics=("knn",)))[str(run)]
     top1 = evaluate(make_config(pictures, run, metrics=("top1",)))[str(run)]
+    larger = evaluate(make_config(pictures, run, metrics=("top1",), image_size="32"))[str(run)]
     elsewhere = evaluate(make_config(pictures / "val", run, metrics=("top1",)))[str(run)]
     saved = json.loads((run / "evaluation.json").read_text())
-    assert saved["evaluate"] == {str(pictures.resolve()): knn | top1, str((pictures / "val").resolve()): elsewhere}
+    assert saved["evaluate"] == [
+        recorded(pictures, knn | top1),
+        recorded(pictures, larger, image_size="32"),
+        recorded(pictures / "val", elsewhere),
+    ]
+
+
+def test_a_folder_that_a_model_was_trained_on_is_refused(tmp_path: Path) -> None:
+    """Without val/ nobody could say which of its pictures the run has seen."""
+    data = write_split(tmp_path / "data") / "train"
+    run = fine_tuned(data, tmp_path / "run")
+    with pytest.raises(UserError, match=r"^--models .*run: was trained on most of these pictures"):
+        evaluate(make_config(data, run, metrics=("top1",)))
+
+
+def test_a_head_for_other_classes_is_refused(runs: dict[str, Path], pictures: Path, tmp_path: Path) -> None:
+    renamed = tmp_path / "renamed"
+    shutil.copytree(pictures, renamed)
+    for split in ("train", "val"):
+        (renamed / split / "cat").rename(renamed / split / "zebra")
+    with pytest.raises(UserError, match=r"--metrics top1: .*student has classes of other names"):
+        evaluate(make_config(renamed, runs["student"], metrics=("top1",)))
+    (values,) = evaluate(make_config(renamed, runs["student"])).values()
+    assert "knn" in values
+    assert "top1" not in values
 
 
 def test_a_model_outside_a_run_has_nothing_written_to_it(runs: dict[str, Path], pictures: Path) -> None:

@@ -86,6 +86,44 @@ def test_a_palette_has_a_colour_for_each_of_255_classes(tmp_path):
     assert palette[:4].tolist() == [[128, 0, 0], [0, 128, 0], [128, 128, 0], [0, 0, 128]]
 
 
+def test_few_classes_have_colours_far_apart(tmp_path):
+    one_pair(tmp_path, *pair(), classes=[f"c{number}" for number in range(10)])
+    palette = open_segmentation(str(tmp_path), "folder", "train").palette.astype(float)
+    apart = np.linalg.norm(palette[:, None] - palette[None], axis=-1) + 1000 * np.eye(10)
+    assert apart.min() > 60
+
+
+def test_a_class_named_twice_is_refused(tmp_path):
+    one_pair(tmp_path, *pair(), classes=["ground", "tree", "ground"])
+    with pytest.raises(UserError, match=r"classes.txt: names ground twice"):
+        open_segmentation(str(tmp_path), "folder", "train")
+
+
+def test_the_classes_of_the_masks_looked_at_are_known(tmp_path):
+    """A mask of 0 and 255 where classes are 0 to 2 is a common mistake, and a valid mask."""
+    image, mask = pair()
+    one_pair(tmp_path, image, np.where(mask == 0, 0, 255).astype(np.uint8))
+    assert open_segmentation(str(tmp_path), "folder", "train").seen == {0, 255}
+
+
+@pytest.mark.parametrize("kind", ["ade20k", "cityscapes"])
+def test_generated_shapes_are_no_other_data_set(kind):
+    with pytest.raises(UserError, match=r"--dataset .*builtin:shapes goes with --dataset folder"):
+        open_segmentation("builtin:shapes", kind, "train")
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_generated_shapes_are_the_same_every_time(split):
+    first, second = (open_segmentation("builtin:shapes", "folder", split) for _ in range(2))
+    assert len(first) == {"train": 240, "val": 60}[split]
+    for number in (0, 7, len(first) - 1):
+        (image, mask), (again, same) = first.read(number), second.read(number)
+        assert image.size == (96, 96) and mask.shape == (96, 96)
+        assert np.array_equal(image, again) and np.array_equal(mask, same)
+    seen = {int(value) for number in range(len(first)) for value in np.unique(first.read(number)[1])}
+    assert seen == first.seen == set(range(5))
+
+
 # --- kinds of mask files
 
 VALUES = np.array([[0, 1, 2], [2, 1, 255]], dtype=np.uint8)
@@ -259,7 +297,7 @@ def gap_in_classes(path: Path) -> None:
 
 
 def many_classes(path: Path) -> None:
-    (path / "classes.txt").write_text("thing\n" * 256)
+    (path / "classes.txt").write_text("".join(f"thing {number}\n" for number in range(256)))
 
 
 def unknown_class(path: Path) -> None:

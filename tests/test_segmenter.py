@@ -62,7 +62,7 @@ def settled(model):
 
 
 @pytest.mark.parametrize(
-    ("depth", "taps"), [(12, (3, 5, 7, 11)), (24, (7, 11, 15, 23)), (4, (0, 1, 2, 3)), (5, (1, 1, 2, 4)), (6, (1, 2, 3, 5))]
+    ("depth", "taps"), [(12, (3, 5, 7, 11)), (24, (7, 11, 15, 23)), (4, (0, 1, 2, 3)), (5, (1, 2, 3, 4)), (6, (1, 2, 3, 5))]
 )
 def test_taps(depth, taps):
     assert tap_blocks(depth) == taps

@@ -38,6 +38,7 @@ class EvaluateConfig:
         dataset: ade20k, cityscapes or folder, for runs of segment: their data are pictures with masks, their metric is miou.
         out: JSON file for all results; each evaluated run's evaluation.json gets its own besides.
         metrics: what to measure; by default all that models and data allow, but corruptions.
+        models_pretrained: load pretrained weights of timm names; --no-models-pretrained takes random ones.
         teacher: for fidelity, and to compare robustness with.
         teacher_arch: timm name of the architecture, when the teacher is a weight file.
         image_size: 224 or HEIGHTxWIDTH; by default each model's nominal size.
@@ -56,6 +57,7 @@ class EvaluateConfig:
     dataset: SegmentationKind | None = None
     out: str | None = None
     metrics: tuple[Metric, ...] | None = None
+    models_pretrained: bool = True
     teacher: str | None = None
     teacher_arch: str | None = None
     image_size: str | None = None
@@ -69,6 +71,8 @@ class EvaluateConfig:
     debug: bool = False
 
     def __post_init__(self) -> None:
+        if isinstance(self.models, str):
+            raise UserError("models", self.models, "give a list of models")
         if not self.models:
             raise UserError("--models", None, "name at least one")
         if len(set(self.models)) < len(self.models):
@@ -76,8 +80,12 @@ class EvaluateConfig:
         for name in ("shots", "draws", "stages", "corruption_images", "batch_size"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name.replace('_', '-')}", getattr(self, name), "must be at least 1")
-        if self.metrics and (("miou" in self.metrics) != (self.dataset is not None) or "miou" in self.metrics[1:]):
-            raise UserError("--metrics", " ".join(self.metrics), "miou stands alone and needs --dataset; others have none")
+        if self.dataset is not None and (self.metrics or ("miou",)) != ("miou",):
+            raise UserError(
+                "--metrics", " ".join(self.metrics or ()), "with --dataset (segmentation runs) the metric is miou"
+            )
+        if self.dataset is None and "miou" in (self.metrics or ()):
+            raise UserError("--metrics", "miou", "is for segmentation runs; say what the data are by --dataset")
         if self.metrics and "fidelity" in self.metrics and self.teacher is None:
             raise UserError("--metrics", "fidelity", "needs a --teacher to compare with")
 
@@ -85,7 +93,8 @@ class EvaluateConfig:
 def evaluate(config: EvaluateConfig) -> dict[str, dict[str, Any]]:
     """Measure models; see `EvaluateConfig`.
 
-    A model of a run folder has its results added to the run's ``evaluation.json``, under ``evaluate`` and the data's name.
+    A model of a run folder has its results added to the run's ``evaluation.json``, to the list ``evaluate``, with
+    the data and settings that they depend on.
 
     Returns:
         By model, what was measured: accuracies in percent; ``agreement_stage1..K``, ``final_cosine`` and ``cka`` of
@@ -110,6 +119,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, dict[str, Any]]:
         return results
     _refuse_segmenters(config)
     data = open_labelled(config.data)
+    if data.validation is None:
+        _refuse_own_training_pictures(config)
     subjects = {name: Subject(name, config, device) for name in config.models}
     metrics = config.metrics or _possible(config, data, subjects)
     everyone = dict(subjects)
@@ -124,6 +135,11 @@ def evaluate(config: EvaluateConfig) -> dict[str, dict[str, Any]]:
         _write(config, results)
     if "corruptions" in metrics:
         add_corruptions(results, everyone, config, data, device)
+        for name, values in results.items():
+            shown = {
+                key: value for key, value in values.items() if key.startswith("corruption_") and isinstance(value, float)
+            }
+            logger.info("%s: %s", name, "  ".join(f"{key} {value:.4g}" for key, value in shown.items()))
         _write(config, results)
     return results
 
@@ -183,18 +199,33 @@ def _refuse(config: EvaluateConfig, metrics: Sequence[Metric], data: LabelledDat
 
 
 def _write(config: EvaluateConfig, results: dict[str, dict[str, Any]]) -> None:
-    """All results to ``--out``, and each run's to its own ``evaluation.json``."""
-    place = resolved_data(config.data)
+    """All results to ``--out``, and each run's to its own ``evaluation.json``, with what they depend on."""
+    settings = {"data": resolved_data(config.data)}
+    settings |= {name: getattr(config, name) for name in ("dataset", "image_size", "teacher", "stages", "shots", "draws")}
     if config.out is not None:
         out = Path(config.out)
         out.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(out, json.dumps({"data": place, "teacher": config.teacher, "models": results}, indent=2) + "\n")
+        write_atomically(out, json.dumps({**settings, "models": results}, indent=2) + "\n")
     for name, values in results.items():
         folder = Path(name)
         if not values or not (folder / "config.json").is_file() or not (folder / "model").is_dir():
             continue
         file = folder / "evaluation.json"
         held = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-        before = held.get("evaluate", {}).get(place, {})
-        held.setdefault("evaluate", {})[place] = {**before, **values}
+        records = held.setdefault("evaluate", [])
+        same = [record for record in records if {key: record.get(key) for key in settings} == settings]
+        if not same:
+            records.append(dict(settings))
+        (same or records)[-1].update(values)  # the same measured again takes the place of what was there
         write_atomically(file, json.dumps(held, indent=2) + "\n")
+
+
+def _refuse_own_training_pictures(config: EvaluateConfig) -> None:
+    """A run whose training pictures these are has seen most of them, and nobody could tell which."""
+    for name in config.models:
+        file = Path(name) / "config.json"
+        made = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        if made.get("command") == "finetune" and made.get("data") == resolved_data(config.data):
+            remedy = "was trained on most of these pictures; keep others apart, as DATA/train and DATA/val"
+            raise UserError("--models", name, remedy)
+    logger.warning("%s has no val/: all its pictures are judged on; models that saw them do too well", config.data)

@@ -9,7 +9,7 @@ import torch.nn as nn
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from ..data.datasets import CentreSet, ReadableLoader, centre_loader, to_device
+from ..data.datasets import CentreSet, ReadableLoader, centre_loader, nothing_readable, to_device
 from ..data.labelled import LabelledData
 from ..data.sources import ImageSource
 from ..evaluation import (
@@ -40,7 +40,9 @@ class Subject:
         given = parse_size("--image-size", config.image_size)
         size: dict[str, Any] = {"img_size": given} if given else {}
         architecture = config.teacher_arch if field == "--teacher" else None
-        model: Any = open_model(name, field=field, architecture=architecture, **size)
+        pretrained = config.models_pretrained or field == "--teacher"
+        torch.manual_seed(0)  # of random weights
+        model: Any = open_model(name, field=field, architecture=architecture, pretrained=pretrained, **size)
         check_plain(model, name, field=field)
         self.model: nn.Module = model.eval().to(device)
         self.image_size = given or nominal_size(model)
@@ -120,10 +122,12 @@ def add_corruptions(
     readers = {name: _reader(subject, config, data, device) for name, subject in everyone.items()}
     tables: dict[str, dict[str, list[float]]] = {}
     clean: dict[str, float] = {}
+    read: dict[tuple[int, int], int] = {}
     for size in dict.fromkeys(subject.image_size for subject in everyone.values()):
         some = {name: readers[name] for name, subject in everyone.items() if subject.image_size == size}
         loader = next(iter(everyone[name] for name in some)).loader(test, config, numbers)
         clean |= _clean_accuracies(some, loader, device)
+        read[size] = loader.read
         with ProgressLine("corruptions", first=0, total=len(loader), unit="batch") as line:
             tick = _Ticker(line, config.batch_size)
             tables |= corrupted_accuracies(some, loader, device, done=tick)
@@ -133,7 +137,8 @@ def add_corruptions(
             lost = summarise_corruptions(clean[reference.name], tables[reference.name])["corruption_drop"]
             if lost > 0:
                 values["corruption_drop_over_teacher"] = values["corruption_drop"] / lost
-        values["corruption_images"] = len(numbers)
+        values["corruption_images"] = read[everyone[name].image_size]
+        values["corruption_reader"] = "head" if everyone[name].reads(data.classes) else "linear_probe"
         values["corruptions"] = tables[name]
 
 
@@ -167,4 +172,6 @@ def _clean_accuracies(readers: dict[str, Callable], loader: DataLoader, device: 
         images += len(pictures)
         for name, read in readers.items():
             right[name] += int((read(pictures) == batch["labels"]).sum())
+    if images == 0:
+        raise nothing_readable()
     return {name: 100 * count / images for name, count in right.items()}

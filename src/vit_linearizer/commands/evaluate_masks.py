@@ -44,8 +44,9 @@ def measure_segmenters(
     source = open_segmentation(data, dataset, split)
     found = {name: load_segmenter(name, name="--models") for name in models}
     for name, (_, info) in found.items():
-        if len(info.classes) != len(source.classes):
-            remedy = f"has {len(info.classes)} classes, the data {len(source.classes)}; give the data it was made for"
+        if info.classes != source.classes:
+            ours, theirs = (f"{len(names)} ({', '.join(names[:4])} ...)" for names in (info.classes, source.classes))
+            remedy = f"has the classes {ours}, the data {theirs}; give the data it was made for, classes in their order"
             raise UserError("--models", name, remedy)
     results = {}
     for name, (segmenter, info) in found.items():
@@ -61,6 +62,7 @@ def measure_segmenters(
             stride=stride,
             mode=info.extra["mode"],
         )
+        scores["skipped"] += len(source.skipped)
         results[name] = {**scores, "iou": dict(zip(info.classes, scores["iou"], strict=True))}
         logger.info("%s: mIoU %.2f on %d pictures (%d skipped)", name, scores["miou"], scores["images"], scores["skipped"])
     return results

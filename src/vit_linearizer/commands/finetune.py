@@ -7,6 +7,8 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+import torch.nn as nn
+from timm.models import VisionTransformer
 
 from ..data.datasets import CentreSet, SkippedList, TrainingSet, centre_loader, split_held_out
 from ..data.labelled import LabelledData, choose_labelled, open_labelled
@@ -38,6 +40,8 @@ from .training_flags import TunedModelFlags, ViewFlags
 logger = logging.getLogger("vit_linearizer")
 
 _EVALUATION_BATCH = 64
+#: Fewer steps than this are too few for what the paper's tables were made for.
+_FEW_STEPS = 2000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +116,9 @@ def finetune(config: FinetuneConfig) -> Path:
     }
     run = RunFolder(config.out, resolved)
     torch.manual_seed(config.seed)
-    chosen = {"global_pool": config.global_pool} if config.global_pool else {}
+    chosen: dict[str, Any] = {"global_pool": config.global_pool} if config.global_pool else {}
+    if chosen and isinstance(probe, VisionTransformer):  # whose final norm would move, and find no weights there
+        chosen["fc_norm"] = not isinstance(probe.fc_norm, nn.Identity)
     model: Any = open_at_size(config, image_size, num_classes=len(data.classes), drop_path_rate=recipe.drop_path, **chosen)
     if tuple(model.pretrained_cfg.get("label_names") or data.classes) != data.classes:
         model.reset_classifier(len(data.classes))  # as many classes, but others
@@ -137,10 +143,15 @@ def finetune(config: FinetuneConfig) -> Path:
         held_out=centre_loader(centre, batch_size=_EVALUATION_BATCH, num_workers=workers),
         bank=None,
     )
+    steps = total_steps(recipe.optimisation, len(training))
+    if steps < _FEW_STEPS and name.startswith("finetune_"):
+        logger.warning("%d steps in all, by a recipe for a million pictures: a smaller --batch-size gives more", steps)
     with run.logging_to_file():
         logger.info("%s on %d images of %d classes (%d held out), %s", config.model, len(training), len(data.classes),
                     len(held_out), accelerator.device)  # fmt: skip
         train(task, loaded, recipe.optimisation, config, run, accelerator, title="fine-tuning")
+        best = run.read_evaluation()
+        logger.info("best: top1 %.2f at step %d", best["top1"], best["step"])
         logger.info("classifier: %s", run.model)
     return run.path
 

@@ -71,6 +71,8 @@ class PredictConfig:
     debug: bool = False
 
     def __post_init__(self) -> None:
+        if isinstance(self.images, str):
+            raise UserError("images", self.images, "give a list of files and folders")
         for name in ("top", "batch_size"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name.replace('_', '-')}", getattr(self, name), "must be at least 1")

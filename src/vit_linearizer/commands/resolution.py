@@ -117,7 +117,13 @@ def set_patch_size(model: Any, patch_size: int, image_size: tuple[int, int]) -> 
     """
     if not hasattr(model, "set_input_size"):
         raise UserError("--patch-size", patch_size, f"{type(model).__name__} keeps the patch it was made with")
-    if patch_size < 1 or any(side % patch_size for side in image_size):
-        size = "x".join(map(str, image_size))
-        raise UserError("--patch-size", patch_size, f"must divide the image size {size}")
+    if patch_size < 1:
+        raise UserError("--patch-size", patch_size, "must be at least 1")
+    if any(side % patch_size for side in image_size):
+        given, near = ("x".join(str(side) for side in size) for size in (image_size, _nearest(image_size, patch_size)))
+        raise UserError("--patch-size", patch_size, f"does not divide the image size {given}; try that at {near}")
     model.set_input_size(img_size=image_size, patch_size=(patch_size, patch_size))
+
+
+def _nearest(image_size: tuple[int, int], patch_size: int) -> list[int]:
+    return [max(1, round(side / patch_size)) * patch_size for side in image_size]

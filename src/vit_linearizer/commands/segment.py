@@ -22,6 +22,7 @@ from ..evaluation.processes import own_share
 from ..evaluation.segmentation import Mode
 from ..models.adapters import nominal_size, patch_grid
 from ..models.segmenter import Head, Segmenter, tap_blocks
+from ..models.segmenter_folder import is_segmenter
 from ..recipes import SEGMENTATION, find_recipe
 from ..tasks import Segmentation
 from ..training.data import TrainingData
@@ -115,6 +116,12 @@ def segment(config: SegmentConfig) -> Path:
     if training.classes != held_out.classes:
         raise UserError("--data", config.data, "train and val have other classes")
 
+    if is_segmenter(config.model):
+        logger.warning("%s: of a segmentation run the backbone is taken, not the head", config.model)
+    if unseen := [name for number, name in enumerate(training.classes) if number not in training.seen]:
+        level = logging.WARNING if config.dataset == "folder" else logging.INFO
+        logger.log(level, "in none of the masks looked at: %s", ", ".join(unseen[:8]) + (" ..." if len(unseen) > 8 else ""))
+
     accelerator = make_accelerator(config)
     parts = accelerator.num_processes * config.gradient_accumulation
     recipe = fit_to_images(table, config, images=len(training), parts=parts, **parsed)
@@ -137,7 +144,14 @@ def segment(config: SegmentConfig) -> Path:
         backbone, num_classes=len(training.classes), head=objectives.head, head_width=objectives.head_width
     )
     noted = {"crop": crop, "resize": training.resize, "mode": objectives.mode, "stride": objectives.stride}
-    task = Segmentation(segmenter, objectives, classes=training.classes, palette=training.palette, noted=noted)
+    task = Segmentation(
+        segmenter,
+        objectives,
+        classes=training.classes,
+        palette=training.palette,
+        noted=noted,
+        passed_over=len(held_out.skipped),
+    )
     optimisation = recipe.optimisation
     if optimisation.batch_size // parts < 2 and objectives.head == "upernet":
         remedy = f"UperNet's norms need 2 images at a time: at least {2 * parts} for processes x gradient accumulation"

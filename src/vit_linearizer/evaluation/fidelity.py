@@ -3,6 +3,8 @@
 Sources: the activation maps of ViT-Linearizer (arXiv 2504.00037, eq. 4); linear CKA (arXiv 1905.00414, section 3).
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -10,7 +12,7 @@ from torch import Tensor
 from ..contracts import Features
 from ..objectives import activation_map
 
-#: Tokens that enter the comparison of final tokens, over all images; at least so many of each image.
+#: Tokens that enter the comparison of final tokens, over all images; at least so many of each image that takes part.
 _TOKENS, _LEAST_TOKENS = 8192, 16
 
 
@@ -29,27 +31,28 @@ def activation_agreement(student: Features, teacher: Features) -> Tensor:
 def readout_cosine(student: Tensor, teacher: Tensor, *, ridge: float = 1e-3) -> float:
     """How well the teacher's tokens can be read linearly from the student's: cosine on tokens not used for the fit.
 
-    The two models have different axes and widths, so a linear map is fitted by ridge regression on the first half of the
-    images and the cosine to the (centred) teacher tokens is taken on the second half. It needs no trained projection, so
-    students of any objective, and untrained ones, are measured alike. With fewer tokens to fit on than the student is wide
-    it reads too low.
+    The two models have different axes and widths, so a linear map is fitted by ridge regression on every other image and
+    the cosine to the (centred) teacher tokens is taken on the rest: files often lie sorted by what they show. It needs no
+    trained projection, so students of any objective, and untrained ones, are measured alike. With fewer tokens to fit on
+    than the student is wide it reads too low.
 
     Args:
-        student: ``[images, tokens, D_s]``; of a single image, the tokens are halved instead.
+        student: ``[images, tokens, D_s]``; of a single image, every other token.
         teacher: ``[images, tokens, D_t]``, the same tokens.
         ridge: relative to the mean squared student feature.
 
     Returns:
         Mean cosine in [-1, 1].
     """
-    images, tokens = student.shape[:2]
-    half = max(1, images // 2 * tokens if images > 1 else tokens // 2)
-    x, y = student.flatten(0, 1).double(), teacher.flatten(0, 1).double()
-    x, y = x - x[:half].mean(0), y - y[:half].mean(0)
-    gram = x[:half].T @ x[:half]
+    if len(student) == 1:
+        student, teacher = student.transpose(0, 1), teacher.transpose(0, 1)
+    x, y, x_other, y_other = (tokens[start::2].flatten(0, 1).double() for start in (0, 1) for tokens in (student, teacher))
+    x_mean, y_mean = x.mean(0), y.mean(0)
+    x = x - x_mean
+    gram = x.T @ x
     strength = ridge * gram.diagonal().mean().clamp_min(1e-12)
-    weights = torch.linalg.solve(gram + strength * torch.eye(len(gram), dtype=gram.dtype), x[:half].T @ y[:half])
-    return float(F.cosine_similarity(x[half:] @ weights, y[half:], dim=1).mean())
+    weights = torch.linalg.solve(gram + strength * torch.eye(len(gram), dtype=gram.dtype), x.T @ (y - y_mean))
+    return float(F.cosine_similarity((x_other - x_mean) @ weights, y_other - y_mean, dim=1).mean())
 
 
 def linear_cka(student: Tensor, teacher: Tensor) -> float:
@@ -71,11 +74,13 @@ class FidelityMeter:
     """Collects batches of `Features` of both models, over whole images.
 
     Args:
-        images: how many there will be: the tokens kept of each are so many that all together stay few.
+        images: how many there will be: of so many the tokens are kept, and so many of each, that all together stay few.
     """
 
     def __init__(self, images: int):
         self._kept = max(_LEAST_TOKENS, _TOKENS // max(1, images))
+        self._every = max(1, math.ceil(images * _LEAST_TOKENS / _TOKENS))
+        self._seen = 0
         self._agreements: list[Tensor] = []
         self._student: list[Tensor] = []
         self._teacher: list[Tensor] = []
@@ -85,13 +90,15 @@ class FidelityMeter:
         size = len(student.tokens)
         self._agreements.append(size * activation_agreement(student, teacher).double().cpu())
         chosen = torch.randperm(student.tokens.shape[1], generator=torch.Generator().manual_seed(0))[: self._kept]
-        self._student.append(student.tokens[:, chosen].float().cpu())
-        self._teacher.append(teacher.tokens[:, chosen].float().cpu())
+        first = -self._seen % self._every
+        self._seen += size
+        for kept, features in ((self._student, student), (self._teacher, teacher)):
+            kept.append(features.tokens[first :: self._every, chosen].float().cpu())
 
     def scores(self) -> dict[str, float]:
         """``agreement_stage1..K`` (`activation_agreement`), ``final_cosine`` (`readout_cosine`), ``cka`` (`linear_cka`)."""
         student, teacher = torch.cat(self._student), torch.cat(self._teacher)
-        agreements = torch.stack(self._agreements).sum(0) / len(student)
+        agreements = torch.stack(self._agreements).sum(0) / self._seen
         scores = {f"agreement_stage{number}": float(value) for number, value in enumerate(agreements, start=1)}
         if student.shape[0] * student.shape[1] > 1:
             scores["final_cosine"] = readout_cosine(student, teacher)

@@ -26,6 +26,8 @@ Mode = Literal["whole", "sliding"]
 
 #: Classes whose logits are brought to a mask's size at a time: 150 at once take gigabytes for a large photograph.
 _CLASSES_AT_A_TIME = 16
+#: Logits of pictures that are run together: a gigabyte.
+_MOST_LOGITS = 2**28
 
 
 class ConfusionMatrix:
@@ -209,7 +211,7 @@ def evaluate_segmentation(
         for batch in loader:
             read = [item for item in batch if "problem" not in item]
             numbers += torch.tensor([len(read), len(batch) - len(read)], device=device)
-            for items in _by_size(read):
+            for items in _by_size(read, segmenter.num_classes):
                 images = torch.stack([item["image"] for item in items]).to(device).float() / 255
                 logits = predict_logits(segmenter, images, crop=crop, stride=stride, mode=mode)
                 for scores, item in zip(logits, items, strict=True):
@@ -246,11 +248,16 @@ def labels_at(logits: Tensor, size: tuple[int, int]) -> Tensor:
     return labels
 
 
-def _by_size(items: list[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]:
+def _by_size(items: list[Mapping[str, Any]], classes: int) -> list[list[Mapping[str, Any]]]:
+    """Items of one size together, no more than whose logits stay small."""
     groups: dict[torch.Size, list[Mapping[str, Any]]] = {}
     for item in items:
         groups.setdefault(item["image"].shape, []).append(item)
-    return list(groups.values())
+    found = []
+    for (_, height, width), group in groups.items():
+        most = max(1, _MOST_LOGITS // (classes * height * width))
+        found += [group[start : start + most] for start in range(0, len(group), most)]
+    return found
 
 
 def overlay(image: Tensor | Image.Image, labels: Tensor | np.ndarray, palette: Any, alpha: float = 0.5) -> Image.Image:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..ops import Implementation, exporting, resample_position_embedding
 from .adventurer_block import FLIP_RULES, AdventurerBlock, Flip
-from .mamba2 import RMSNorm
+from .mamba2 import Mamba2, RMSNorm
 from .watching import is_watched
 
 
@@ -142,18 +142,21 @@ class Adventurer(nn.Module):
         """``[B, in_chans, H, W] -> [B, 1, D]``: the class token of `forward_features`, without the last block's patches."""
         x = self.embed(x)
         for n, block in enumerate(self.layers, start=1):
-            run = block.class_token if n == len(self.layers) else block
-            x = checkpoint(run, x) if self.grad_checkpointing else run(x)  # type: ignore[operator]  # a module's method
+            arguments = (x, True) if n == len(self.layers) else (x,)
+            x = checkpoint(block, *arguments) if self.grad_checkpointing else block(*arguments)
         return self.norm_f(x)
 
     @torch.jit.unused
     def _reads_class_token_alone(self, x: Tensor) -> bool:
         """Whether `forward_class_token` is all that `forward` needs, and nobody looks at the rest on its way."""
+        last = self.layers[-1]
         return (
             self.global_pool == "token"
+            and type(last) is AdventurerBlock  # not one that somebody wrapped or put in its place
+            and type(last.mixer) is Mamba2
             and not isinstance(x, torch.fx.Proxy)
             and not exporting()
-            and not is_watched(self.layers[-1])
+            and not is_watched(last)
             and not is_watched(self.norm_f)
         )
 

@@ -60,25 +60,29 @@ class AdventurerBlock(nn.Module):
         self.mlp = SwiGLU(dim, int(mlp_ratio * dim), **dd)
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``[B, N + 1, D] -> [B, N + 1, D]``, class token last in both."""
+    def forward(self, x: Tensor, class_token_alone: bool = False) -> Tensor:
+        """``[B, N + 1, D] -> [B, N + 1, D]``, class token last in both.
+
+        Args:
+            x: tokens.
+            class_token_alone: give ``[B, 1, D]``, the last row, for a block whose other rows nobody reads.
+        """
         if torch.jit.is_scripting():
-            return self.in_one_go(x)
+            return self.in_one_go(x, class_token_alone)
         else:
-            return block_in_parts(self, x) if goes_in_parts(self, x) else self.in_one_go(x)
+            if not goes_in_parts(self, x):
+                return self.in_one_go(x, class_token_alone)
+            if not class_token_alone:
+                return block_in_parts(self, x)
+            mixed = self.mixer.out_proj(class_token_core_in_parts(self, x))
+            return self._feed_forward(x[:, -1:] + mixed)
 
-    def in_one_go(self, x: Tensor) -> Tensor:
+    def in_one_go(self, x: Tensor, class_token_alone: bool = False) -> Tensor:
         """`forward` as the paper says it."""
-        mixed = self.mixer(to_reading_order(self.norm(x), self.flip))
-        x = add_from_reading_order(x, self.drop_path(mixed), self.flip)
-        return x + self.drop_path(self.mlp(self.norm_mlp(x)))
+        mixed = self.drop_path(self.mixer(to_reading_order(self.norm(x), self.flip), class_token_alone))
+        if class_token_alone:
+            return self._feed_forward(x[:, -1:] + mixed)
+        return self._feed_forward(add_from_reading_order(x, mixed, self.flip))
 
-    @torch.jit.unused
-    def class_token(self, x: Tensor) -> Tensor:
-        """``[B, N + 1, D] -> [B, 1, D]``: the last row of `forward` alone, for a block whose other rows nobody reads."""
-        if goes_in_parts(self, x):
-            mixed = class_token_core_in_parts(self, x)
-        else:
-            mixed = self.mixer.core(self.mixer.in_proj(to_reading_order(self.norm(x), self.flip)))[:, -1:]
-        x = x[:, -1:] + self.drop_path(self.mixer.out_proj(mixed))
+    def _feed_forward(self, x: Tensor) -> Tensor:
         return x + self.drop_path(self.mlp(self.norm_mlp(x)))

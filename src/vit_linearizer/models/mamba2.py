@@ -92,9 +92,10 @@ class Mamba2(nn.Module):
             nn.init.kaiming_uniform_(self.out_proj.weight, a=math.sqrt(5))
             self.out_proj.weight.mul_(self.out_scale)
 
-    def forward(self, u: Tensor) -> Tensor:
-        """``[B, L, dim] -> [B, L, dim]``; output t depends on inputs 0..t only."""
-        return self.out_proj(self.core(self.in_proj(u)))
+    def forward(self, u: Tensor, last_alone: bool = False) -> Tensor:
+        """``[B, L, dim] -> [B, L, dim]``, or ``[B, 1, dim]`` of the last token; output t depends on inputs 0..t only."""
+        y = self.core(self.in_proj(u))
+        return self.out_proj(y[:, -1:] if last_alone else y)
 
     def core(self, zxbcdt: Tensor, state: Tensor | None = None, lead: int = 0) -> Tensor:
         """All between the two linear layers; see `ops.mixer_core`."""

@@ -51,7 +51,8 @@ def tap_blocks(depth: int) -> tuple[int, int, int, int]:
     if depth < 4:
         raise UserError("model", f"of {depth} blocks", "segmentation reads four of them; take a deeper backbone")
     first, second, third = (round(depth * share) - 1 for share in (1 / 3, 1 / 2, 2 / 3))
-    return first, second, third, depth - 1
+    second = max(second, first + 1)  # of five blocks two would fall together
+    return first, second, max(third, second + 1), depth - 1
 
 
 class LinearHead(nn.Module):

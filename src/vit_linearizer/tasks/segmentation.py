@@ -60,6 +60,7 @@ class Segmentation(Task):
         classes: names of the classes.
         palette: ``[C, 3]`` red, green, blue of each class.
         noted: what a later prediction needs to know besides, as JSON (see `save_segmenter`).
+        passed_over: held-out pictures that cannot be judged on and are in no loader; counted as skipped.
     """
 
     score = ("miou", False)
@@ -72,11 +73,13 @@ class Segmentation(Task):
         classes: tuple[str, ...],
         palette: Any,
         noted: dict[str, Any],
+        passed_over: int = 0,
     ):
         super().__init__()
         self.segmenter = segmenter
         self.config = config
         self.classes, self.palette, self.noted = classes, palette, noted
+        self.passed_over = passed_over
 
     @property
     def backbone(self) -> nn.Module:
@@ -89,7 +92,7 @@ class Segmentation(Task):
         compile_each_block(self.segmenter.backbone)
 
     def forward(self, batch: dict[str, Tensor]) -> LossOutput:
-        """Loss of images ``[B, 3, H, W]`` in [0, 1] with masks ``[B, H, W]``, the mean over labelled pixels."""
+        """Loss of images ``[B, 3, H, W]`` in [0, 1] with masks ``[B, H, W]``; ignored pixels count as 0."""
         logits, auxiliary = self.segmenter(batch["images"])
         target = batch["masks"].long()
         loss = _cross_entropy(logits, target)
@@ -111,10 +114,10 @@ class Segmentation(Task):
             mode=self.config.mode,
             total=functools.partial(sum_over_processes, device=device),
         )
+        scores["skipped"] += self.passed_over
         return {**scores, "iou": dict(zip(self.classes, scores["iou"], strict=True))}
 
 
 def _cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
-    """Mean over labelled pixels; 0 where there are none, as a crop may show nothing but ignored ones."""
-    total = F.cross_entropy(logits.float(), target, ignore_index=IGNORED, reduction="sum")
-    return total / (target != IGNORED).sum().clamp_min(1)
+    """Sum over labelled pixels, over the number of all: so that every pixel counts alike however a batch is divided."""
+    return F.cross_entropy(logits.float(), target, ignore_index=IGNORED, reduction="sum") / target.numel()

@@ -26,6 +26,11 @@ Split = Literal["train", "val"]
 
 _ADE20K_CLASSES = 150
 _CITYSCAPES_SIZE = (512, 1024)
+#: Light grey for the first class, which is often the ground; then the Okabe-Ito colours and two more.
+_FEW_COLOURS = (
+    (220, 220, 220), (213, 94, 0), (0, 114, 178), (0, 158, 115), (240, 228, 66), (204, 121, 167), (86, 180, 233),
+    (230, 159, 0), (120, 60, 200), (140, 86, 75),
+)  # fmt: skip
 #: Masks whose values are looked at when a data set is opened.
 _CHECKED = 64
 
@@ -37,12 +42,14 @@ class SegmentationSource(Protocol):
         classes: name of each class.
         palette: ``[C, 3]`` uint8, a colour for each class.
         skipped: (name, reason) of pictures passed over when the source was opened.
+        seen: class numbers in the masks that were looked at then, with 255 where there is something ignored.
         resize: (height, width) in pixels that every picture is resized to, or None where each keeps its shape.
     """
 
     classes: tuple[str, ...]
     palette: np.ndarray
     skipped: list[tuple[str, str]]
+    seen: set[int]
     resize: tuple[int, int] | None
 
     def __len__(self) -> int: ...
@@ -86,7 +93,7 @@ class _MaskedPictures:
                 first = ": ".join(self.skipped[0])
                 raise UserError("--data", folder, f"none of the {len(pairs)} images of this split can be used; {first}")
             spread = np.linspace(0, len(self.pairs) - 1, min(len(self.pairs), _CHECKED)).astype(int)
-            list(pool.map(self._check_values, spread.tolist()))
+            self.seen: set[int] = set().union(*pool.map(self._values, spread.tolist()))
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -106,14 +113,15 @@ class _MaskedPictures:
             raise UnreadableImageError(f"mask {mask_path.as_posix()}: {sizes}")
         return image, mask
 
-    def _check_values(self, index: int) -> None:
+    def _values(self, index: int) -> set[int]:
+        """Class numbers in a mask; of a broken one none, as it is passed over and counted when its turn comes."""
         path = self.folder / self.pairs[index][1]
         try:
-            self.table.numbers(read_mask(path))
+            return set(np.unique(self.table.numbers(read_mask(path))).tolist())
         except WrongMaskError as problem:
             raise UserError("--data", path, str(problem)) from problem
         except UnreadableImageError:
-            pass  # a broken file among good ones is passed over when its turn comes, and counted then
+            return set()
 
 
 def open_segmentation(data: str, kind: SegmentationKind, split: Split) -> SegmentationSource:
@@ -142,7 +150,9 @@ def open_segmentation(data: str, kind: SegmentationKind, split: Split) -> Segmen
         raise UserError("--dataset", kind, f"must be one of {', '.join(openers)}{did_you_mean(kind, openers)}")
     if split not in get_args(Split):
         raise UserError("--split", split, "must be train or val")
-    if data == SHAPES and kind == "folder":
+    if data == SHAPES:
+        if kind != "folder":
+            raise UserError("--dataset", kind, f"{SHAPES} goes with --dataset folder")
         return ShapesSource(split, _colours(len(ShapesSource.classes)))
     folder = Path(data)
     if not folder.is_dir():
@@ -229,6 +239,9 @@ def _listed_classes(path: Path) -> tuple[str, ...]:
     if not names or not all(names):
         what = f"line {names.index('') + 1} is empty" if names else "is empty"
         raise UserError("--data", path, f"{what}; {remedy}")
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise UserError("--data", path, f"names {twice} twice; every class needs a name of its own")
     if len(names) > IGNORED:
         raise UserError("--data", path, f"has {len(names)} lines; a mask can hold {IGNORED} classes at most")
     return tuple(names)
@@ -246,11 +259,13 @@ def _ade20k_classes(path: Path) -> tuple[str, ...]:
 
 
 def _colours(count: int) -> np.ndarray:
-    """``[count, 3]`` uint8: the colour map of PASCAL VOC from its second entry on, which leaves black for the ignored.
+    """``[count, 3]`` uint8: up to ten colours that are easy to tell apart; for more classes the colour map of PASCAL VOC.
 
-    The bits of an entry's number are dealt to red, green and blue in turn, from the highest bit of each down, so that 255
-    colours differ and neighbours differ much.
+    Of that map the first entry, black, is left for the ignored. The bits of an entry's number are dealt to red, green and
+    blue in turn, from the highest bit of each down, so that 255 colours differ and neighbours differ much.
     """
+    if count <= len(_FEW_COLOURS):
+        return np.array(_FEW_COLOURS[:count], dtype=np.uint8)
     entries, channels = np.arange(1, count + 1)[:, None], np.arange(3)
     colours = np.zeros((count, 3), dtype=np.uint8)
     for bit in range(8):

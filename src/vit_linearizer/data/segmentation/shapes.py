@@ -31,6 +31,7 @@ class ShapesSource:
     def __init__(self, split: str, palette: np.ndarray):
         self.split, self.palette = split, palette
         self.skipped: list[tuple[str, str]] = []
+        self.seen = set(range(len(_CLASSES)))
 
     def __len__(self) -> int:
         return _PICTURES[self.split]
