@@ -15,6 +15,7 @@ from torch import Tensor
 from ..contracts import UserError, did_you_mean
 from . import mixer, native, norm, onednn, reading_order
 from .causal_conv import causal_conv_silu
+from .linear_attention import linear_attention
 from .position_embedding import resample_position_embedding
 from .recording import exporting, recording, transformed
 from .ssd_chunked import ssd_chunked, ssd_plain
@@ -236,7 +237,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, weight, bias)
 
 
-for _leaf in (causal_conv_silu, resample_position_embedding):
+for _leaf in (causal_conv_silu, linear_attention, resample_position_embedding):
     register_notrace_function(_leaf)
 
 __all__ = [
@@ -246,6 +247,7 @@ __all__ = [
     "choose_mixer",
     "exporting",
     "linear",
+    "linear_attention",
     "mixer_carries_states",
     "mixer_core",
     "onednn",

@@ -1,0 +1,170 @@
+"""A timm ViT's attention module with linear attention in place of softmax, on the same weights.
+
+Source: ViT-AdaLA (arXiv 2603.16063) keeps Q, K, V and output projections and replaces what lies between; the equations stand
+in `ops.linear_attention`. Three of timm's modules are known: ``Attention`` (ViT, DeiT-III, CLIP, DINOv2, SigLIP),
+``AttentionRope`` and ``EvaAttention`` (EVA, EVA-02, DINOv3: rotary positions, separate projections, grouped queries). All
+else that they do is done as they do it: norms of q and k, rotary positions before the feature map, the norm and the gate of
+the output.
+"""
+
+from typing import Any
+
+import torch
+import torch.fx
+import torch.nn as nn
+import torch.nn.functional as F
+from timm.layers import Attention, AttentionRope, apply_rot_embed_cat, register_notrace_function
+from timm.models.eva import EvaAttention
+from torch import Tensor
+
+from ..contracts import UserError
+from ..ops import linear_attention
+from ..ops.linear_attention import LEARNABLE, check_feature_map
+
+#: timm's attention modules that can be made linear; of a subclass nothing is known.
+KNOWN = (Attention, AttentionRope, EvaAttention)
+
+
+@torch.fx.wrap
+@register_notrace_function
+def _refuse_masks(attn_mask: Tensor | None, is_causal: bool) -> None:
+    """A leaf for FX, which puts a stand-in in place of a mask that a model could be given."""
+    if attn_mask is not None or is_causal:
+        name, value = ("attn_mask", "given") if attn_mask is not None else ("is_causal", True)
+        raise UserError(name, value, "linear attention reads all tokens; leave it out, or use the softmax model")
+
+
+class LinearAttention(nn.Module):
+    """Linear attention on the projections and norms of a softmax attention, which it shares with it.
+
+    Parameters bear the names that they had. A learnable feature map adds ``q_map`` and ``k_map``, ``[heads, d, d]``, which
+    start as the identity (as in Hedgehog). Dropout of attention weights has no counterpart and is left out.
+
+    Args:
+        softmax: a module of one of the `KNOWN` classes.
+        feature_map: see `ops.linear_attention.FeatureMap`.
+
+    Raises:
+        UserError: unknown feature map.
+        TypeError: a module of another class.
+    """
+
+    qkv: Any
+    q_proj: Any
+    k_proj: Any
+    v_proj: Any
+    q_bias: Any
+    k_bias: Any
+    v_bias: Any
+    q_norm: Any
+    k_norm: Any
+    norm: Any
+    gate: Any
+    proj: Any
+    proj_drop: Any
+    q_map: Any
+    k_map: Any
+
+    def __init__(self, softmax: nn.Module, feature_map: str = "elu"):
+        super().__init__()
+        check_feature_map(feature_map)
+        if type(softmax) not in KNOWN:
+            raise TypeError(f"{type(softmax).__name__} is none of {', '.join(known.__name__ for known in KNOWN)}")
+        self.feature_map = feature_map
+        self.num_heads: int = softmax.num_heads  # type: ignore[assignment]  # all have it
+        self.head_dim: int = softmax.head_dim  # type: ignore[assignment]
+        self.takes_rope = type(softmax) is not Attention
+        self.num_prefix_tokens = getattr(softmax, "num_prefix_tokens", 0)
+        self.rotate_half = getattr(softmax, "rotate_half", False)
+        self.num_kv_groups = getattr(softmax, "num_kv_groups", 1)
+        self.qkv_bias_separate = getattr(softmax, "qkv_bias_separate", False)
+        for name in ("qkv", "q_proj", "k_proj", "v_proj", "q_bias", "k_bias", "v_bias"):
+            self._take(softmax, name)
+        for name in ("q_norm", "k_norm", "norm", "gate", "proj", "proj_drop"):
+            self._take(softmax, name)
+        if feature_map in LEARNABLE:
+            like: Tensor = softmax.proj.weight  # type: ignore[union-attr, assignment]  # all have it
+            for name in ("q_map", "k_map"):
+                empty = torch.empty(self.num_heads, self.head_dim, self.head_dim, device=like.device, dtype=like.dtype)
+                setattr(self, name, nn.Parameter(empty))
+        else:
+            self.q_map = self.k_map = None
+        self._start_maps()
+        self.train(softmax.training)
+
+    def _take(self, softmax: nn.Module, name: str) -> None:
+        value = getattr(softmax, name, None)
+        if name in softmax._buffers:
+            self.register_buffer(name, value, persistent=name not in softmax._non_persistent_buffers_set)
+        else:
+            setattr(self, name, value)
+
+    def _start_maps(self) -> None:
+        for weight in (self.q_map, self.k_map):
+            if weight is not None:
+                with torch.no_grad():
+                    weight.copy_(torch.eye(self.head_dim, device=weight.device).expand_as(weight))
+
+    def reset_parameters(self) -> None:
+        """Start what belongs to this module itself, and to none of its layers: timm calls it after ``to_empty``."""
+        self._start_maps()
+        for bias in (self.q_bias, self.v_bias):
+            if bias is not None:
+                nn.init.zeros_(bias)
+        self.init_non_persistent_buffers()
+
+    def init_non_persistent_buffers(self) -> None:
+        """Fill what no weight file holds; timm's name for it."""
+        if self.k_bias is not None:
+            self.k_bias.zero_()
+
+    def forward(
+        self, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
+    ) -> Tensor:
+        """``[B, N, D] -> [B, N, D]``, with the arguments of timm's modules by their names.
+
+        Args:
+            x: tokens, after the norm before.
+            rope: rotary positions of the tokens behind the prefix, as the model gives them; EVA's modules only.
+            attn_mask: not supported.
+            is_causal: not supported.
+
+        Raises:
+            UserError: a mask, or rotary positions for a module that had none.
+        """
+        _refuse_masks(attn_mask, is_causal)
+        if rope is not None and not self.takes_rope:
+            raise UserError("rope", "given", "this attention has no rotary positions; leave it out")
+        gate = self.gate(x).sigmoid() if self.gate is not None else None
+        q, k, v = self._project(x)
+        q, k = self.q_norm(q), self.k_norm(k)
+        if rope is not None:
+            q, k = (self._rotate(t, rope).type_as(v) for t in (q, k))
+        if self.num_kv_groups > 1:
+            k, v = (t.repeat_interleave(self.num_kv_groups, dim=1) for t in (k, v))
+        y = linear_attention(q, k, v, self.feature_map, self.q_map, self.k_map)
+        y = self.norm(y.transpose(1, 2).flatten(2))
+        if gate is not None:
+            y = y * gate
+        return self.proj_drop(self.proj(y))
+
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values, ``[B, heads, N, d]`` each (keys and values of a group of heads once)."""
+        if self.qkv is None:
+            q, k, v = (layer(x).unflatten(-1, (-1, self.head_dim)) for layer in (self.q_proj, self.k_proj, self.v_proj))
+            return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        if self.q_bias is None:
+            qkv = self.qkv(x)
+        else:
+            bias = torch.cat((self.q_bias, self.k_bias, self.v_bias))
+            # Two roundings or one, as the weights were trained.
+            qkv = self.qkv(x) + bias if self.qkv_bias_separate else F.linear(x, self.qkv.weight, bias)
+        q, k, v = qkv.unflatten(-1, (3, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4).unbind(0)
+        return q, k, v
+
+    def _rotate(self, x: Tensor, rope: Tensor) -> Tensor:
+        prefix, patches = x[:, :, : self.num_prefix_tokens], x[:, :, self.num_prefix_tokens :]
+        return torch.cat([prefix, apply_rot_embed_cat(patches, rope, half=self.rotate_half)], dim=2)
+
+    def extra_repr(self) -> str:
+        return f"feature_map={self.feature_map}"
