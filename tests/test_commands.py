@@ -205,10 +205,15 @@ def test_doctor_names_device_and_scan(caplog: pytest.LogCaptureFixture) -> None:
         assert re.search(rf"^\S+ +\S+ {topic} +\S|{topic} +\S", caplog.text, re.MULTILINE), topic
 
 
-@pytest.mark.parametrize("full", [False, True])
-def test_quickstart_in_its_smallest_form(full: bool, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    assert main(["quickstart", "--out", str(tmp_path / "q"), "--smoke", *(["--full"] if full else [])]) == 0
-    results = json.loads((tmp_path / "q" / "quickstart.json").read_text())
+def test_quickstart_in_its_smallest_form(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """First without --full; then with it, which keeps what is there and adds its rows."""
+    check_quickstart(tmp_path / "q", capsys, full=False)
+    check_quickstart(tmp_path / "q", capsys, full=True)
+
+
+def check_quickstart(out: Path, capsys: pytest.CaptureFixture, *, full: bool) -> None:
+    assert main(["quickstart", "--out", str(out), "--smoke", *(["--full"] if full else [])]) == 0
+    results = json.loads((out / "quickstart.json").read_text())
     both = {"finetuned_100_percent", "finetuned_10_percent"}
     tuned = {"teacher": {"finetuned_100_percent"}, "distilled": both, "supervised": {"finetuned_10_percent"}}
     tuned |= {"teacher": both, "supervised": both} if full else {}
