@@ -99,8 +99,8 @@ void scan(const Parameters& p, const Sizes& sizes, const IO* zxbcdt, int64_t fir
 
     for (int i = 0; i < even; i += 2)
       for (int64_t c = 0; c < wide; c += kLanes) {
-        Floats one = silu(convolved(p, rows.row + i, inner, first * kHead + c)), two = all(0.0f);
-        if (i + 1 < tokens) two = silu(convolved(p, rows.row + i + 1, inner, first * kHead + c));
+        Floats one = silu_for<IO>(convolved(p, rows.row + i, inner, first * kHead + c)), two = all(0.0f);
+        if (i + 1 < tokens) two = silu_for<IO>(convolved(p, rows.row + i + 1, inner, first * kHead + c));
         T* x = right + c / kHead * kBoth * kHead + kState * kHead;
         Operand::template put_pair<kHead>(x, i, c % kHead, one, two);
       }
@@ -160,7 +160,7 @@ void scan(const Parameters& p, const Sizes& sizes, const IO* zxbcdt, int64_t fir
       for (int64_t c = 0; c < wide; c += kLanes) {
         Floats v = load(y + i * wide + c);
         if (kept_y) store(kept_y + t * inner + first * kHead + c, v);
-        v = v * silu(load(z + c));
+        v = v * silu_for<IO>(load(z + c));
         store(o + c, v);
         total += v * v;
       }

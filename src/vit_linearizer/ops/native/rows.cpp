@@ -108,7 +108,7 @@ at::Tensor silu_mul(const at::Tensor& gate, const at::Tensor& x) {
     const IO *g = gate.const_data_ptr<IO>(), *v = x.const_data_ptr<IO>();
     IO* o = out.data_ptr<IO>();
     at::parallel_for(0, gate.numel() / columns, kGrain, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin * columns; i < end * columns; i += kLanes) store(o + i, silu(load(g + i)) * load(v + i));
+      for (int64_t i = begin * columns; i < end * columns; i += kLanes) store(o + i, silu_for<IO>(load(g + i)) * load(v + i));
     });
   });
   return out;

@@ -6,8 +6,9 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
-#if defined(__AVX512BF16__)
+#if defined(__AVX512F__)
 #include <immintrin.h>
 #endif
 
@@ -94,6 +95,29 @@ VL_INLINE Floats exp(Floats x) {
 VL_INLINE Floats sigmoid(Floats x) { return 1.0f / (1.0f + exp(-x)); }
 
 VL_INLINE Floats silu(Floats x) { return x / (1.0f + exp(-x)); }
+
+// The same to 2e-4 of its value, a tenth of what rounding to bf16 costs; a third fewer instructions, and no division.
+VL_INLINE Floats rough_silu(Floats x) {
+#if defined(__AVX512F__)
+  const Floats low = all(-87.0f), high = all(88.0f);
+  Floats bounded = -x < low ? low : -x;
+  bounded = bounded > high ? high : bounded;
+  const Floats shift = all(12582912.0f);
+  Floats shifted = bounded * 1.44269504f + shift;
+  Floats r = bounded - (shifted - shift) * 0.69314718f;
+  Floats p = (all(0.16662677f) * r + 0.50394012f) * (r * r) + r + 1.0f;
+  Floats power = (Floats)((Bits)p + ((Bits)shifted << 23));
+  return x * (Floats)_mm512_rcp14_ps((__m512)(1.0f + power));
+#else
+  return silu(x);
+#endif
+}
+
+// SiLU for what is rounded to IO next.
+template <class IO>
+VL_INLINE Floats silu_for(Floats x) {
+  return std::is_same_v<IO, BFloat16> ? rough_silu(x) : silu(x);
+}
 
 // log(1 + e^x) = max(x, 0) + log(1 + e^-|x|), the logarithm as 2 atanh(e / (e + 2)): a short series, accurate near 0 too.
 VL_INLINE Floats softplus(Floats x) {
