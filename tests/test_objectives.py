@@ -591,7 +591,7 @@ def test_class_mode_refuses_a_teacher_without_class_token_before_training():
         ({"feature_regression_weight": math.nan}, r"^--feature-regression-weight nan: must be 0 or more"),
         (
             {"activation_matching_weight": 0.0, "masked_prediction_weight": 0.0},
-            r"--activation-matching-weight, --masked-prediction-weight, --feature-regression-weight must be above 0",
+            r"--feature-regression-weight, --feature-alignment-weight must be above 0",
         ),
         ({"stages": 0}, r"^--stages 0: must be at least 1"),
     ],

@@ -46,7 +46,7 @@ class BenchmarkConfig:
     """
 
     out: str
-    models: tuple[str, ...] = ("vit_base_patch16_224", "adventurer_base_patch16_224")
+    models: tuple[str, ...] = ("vit_base_patch16_224", "adventurer_base_patch16_224", "linear_vit_base_patch16_224")
     image_sizes: tuple[str, ...] = ()
     preset: Literal["imagenet", "ade20k", "cityscapes", "long"] | None = None
     patch_size: int | None = None

@@ -19,7 +19,7 @@ from ..models.adapters import nominal_size, patch_grid
 from ..recipes import FINE_TUNING, ClassificationRecipe, find_recipe, finetuning_recipe
 from ..tasks import Classification
 from ..training.data import TrainingData
-from ..training.loop import train
+from ..training.loop import Stage, train
 from ..training.machine import choose_workers, make_accelerator
 from ..training.optimiser import total_steps
 from ..training.progress import show_messages
@@ -149,7 +149,8 @@ def finetune(config: FinetuneConfig) -> Path:
     with run.logging_to_file():
         logger.info("%s on %d images of %d classes (%d held out), %s", config.model, len(training), len(data.classes),
                     len(held_out), accelerator.device)  # fmt: skip
-        train(task, loaded, recipe.optimisation, config, run, accelerator, title="fine-tuning")
+        stage = Stage(name="fine-tuning", task=task, optimisation=recipe.optimisation)
+        train([stage], loaded, config, run, accelerator)
         best = run.read_evaluation()
         logger.info("best: top1 %.2f at step %d", best["top1"], best["step"])
         logger.info("classifier: %s", run.model)

@@ -26,7 +26,7 @@ from ..models.segmenter_folder import is_segmenter
 from ..recipes import SEGMENTATION, find_recipe
 from ..tasks import Segmentation
 from ..training.data import TrainingData
-from ..training.loop import train
+from ..training.loop import Stage, train
 from ..training.machine import choose_workers, make_accelerator
 from ..training.progress import show_messages
 from ..training.run_folder import RunFolder
@@ -187,7 +187,8 @@ def segment(config: SegmentConfig) -> Path:
         logger.info("%s on %d images of %d classes (%d held out, %d skipped), %s", config.model, len(training),
                     len(training.classes), len(held_out), len(training.skipped) + len(held_out.skipped),
                     accelerator.device)  # fmt: skip
-        train(task, loaded, optimisation, config, run, accelerator, title="segmentation")
+        stage = Stage(name="segmentation", task=task, optimisation=optimisation)
+        train([stage], loaded, config, run, accelerator)
         scores = run.read_evaluation()
         worst = sorted((value, name) for name, value in scores["iou"].items() if value is not None)
         logger.info("mIoU %.2f; lowest: %s", scores["miou"], ", ".join(f"{name} {value:.1f}" for value, name in worst[:5]))

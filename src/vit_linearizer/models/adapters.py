@@ -126,6 +126,14 @@ def _final_norm(model: nn.Module, features: Tensor) -> Tensor:
     return features
 
 
+def behind_features(model: nn.Module) -> list[nn.Module]:
+    """Modules of a backbone that come after the features of `extract_features`: pooling and classifier."""
+    names = ["attn_pool", "fc_norm", "head_drop", "head", "head_dist"]
+    if isinstance(getattr(model, "norm", None), nn.Identity):
+        names.remove("fc_norm")  # the final norm itself, see `_final_norm`
+    return [module for name in names if isinstance(module := getattr(model, name, None), nn.Module)]
+
+
 @contextmanager
 def _masked_patches(model: nn.Module, mask: Tensor | None, mask_token: Tensor | None) -> Iterator[None]:
     if mask is None:

@@ -105,6 +105,12 @@ class LinearAttention(nn.Module):
                 with torch.no_grad():
                     weight.copy_(torch.eye(self.head_dim, device=weight.device).expand_as(weight))
 
+    def projections(self) -> list[nn.Parameter]:
+        """What makes queries, keys and their features, and values: all that ViT-AdaLA's first stage trains."""
+        layers = [layer for layer in (self.qkv, self.q_proj, self.k_proj, self.v_proj) if layer is not None]
+        own = [tensor for tensor in (self.q_bias, self.v_bias, self.q_map, self.k_map) if tensor is not None]
+        return [parameter for layer in layers for parameter in layer.parameters()] + own
+
     def reset_parameters(self) -> None:
         """Start what belongs to this module itself, and to none of its layers: timm calls it after ``to_empty``."""
         self._start_maps()

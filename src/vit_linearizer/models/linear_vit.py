@@ -48,7 +48,7 @@ def linearize(model: nn.Module, *, feature_map: str = "elu", keep_softmax_blocks
     return linear
 
 
-def linear_blocks(model: nn.Module) -> list[tuple[int, nn.Module]]:
+def linear_blocks(model: nn.Module) -> list[tuple[int, LinearAttention]]:
     """The 0-based numbers of the blocks with linear attention, and their attention modules, first block first."""
     blocks: Any = getattr(model, "blocks", ())
     attentions = [(number, getattr(block, "attn", None)) for number, block in enumerate(blocks)]

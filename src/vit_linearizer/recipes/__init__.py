@@ -4,12 +4,20 @@ from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 from ..contracts import UserError, did_you_mean
-from .base import ClassificationRecipe, DistillationRecipe, Recipe, SegmentationRecipe
+from .adala import ADAPTATION
+from .base import (
+    AdaptationRecipe,
+    AttentionRecipe,
+    ClassificationRecipe,
+    DistillationRecipe,
+    Recipe,
+    SegmentationRecipe,
+)
 from .finetuning import FINE_TUNING, finetuning_recipe
 from .linearizer import DISTILLATION
 from .segmentation import SEGMENTATION
 
-R = TypeVar("R", bound=Recipe)
+R = TypeVar("R")
 
 
 def find_recipe(recipes: Mapping[str, Callable[[str], R]], name: str, architecture: str) -> R:
@@ -29,9 +37,12 @@ def find_recipe(recipes: Mapping[str, Callable[[str], R]], name: str, architectu
 
 
 __all__ = [
+    "ADAPTATION",
     "DISTILLATION",
     "FINE_TUNING",
     "SEGMENTATION",
+    "AdaptationRecipe",
+    "AttentionRecipe",
     "ClassificationRecipe",
     "DistillationRecipe",
     "Recipe",

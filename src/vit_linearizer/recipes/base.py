@@ -6,6 +6,7 @@ from typing import Any, Self
 
 from ..data.segmentation import SegmentationViewConfig
 from ..data.views import ViewConfig
+from ..ops.linear_attention import FeatureMap
 from ..tasks import ClassificationConfig, DistillationConfig, SegmentationConfig
 from ..training.config import OptimisationConfig
 
@@ -80,6 +81,36 @@ class DistillationRecipe(Recipe):
 
     views: ViewConfig
     objectives: DistillationConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionRecipe(Recipe):
+    """An alignment of linear attention to softmax attention, block by block.
+
+    Attributes:
+        views: what of a picture is shown.
+        stages: number of stages whose agreement is measured.
+    """
+
+    views: ViewConfig
+    stages: int = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaptationRecipe:
+    """A teacher turned into its own linear ViT: two stages, on the same views in batches of the same size.
+
+    Attributes:
+        attention: the first.
+        feature: the second.
+        feature_map: of the linear attention.
+        keep_softmax_blocks: so many last blocks keep softmax attention.
+    """
+
+    attention: AttentionRecipe
+    feature: DistillationRecipe
+    feature_map: FeatureMap = "elu"
+    keep_softmax_blocks: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,7 @@
 """What the training loop needs to know of a task, and nothing more."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from ..models.loading import save_model_folder
 
 
 class Task(nn.Module, ABC):
-    """A module whose parameters are all that training changes.
+    """A module whose parameters that require gradients, once it has begun, are all that training changes.
 
     Attributes:
         uses_every_parameter: False when some parameter gets no gradient (distributed training must then look for them).
@@ -46,8 +46,8 @@ class Task(nn.Module, ABC):
     def compile_blocks(self) -> None:
         """Put ``torch.compile`` around the mixers and MLPs of all blocks, see `compile_each_block`."""
 
-    def to_other_devices(self, device: torch.device) -> None:
-        """Move what is no part of the module (a teacher) to the device of the training."""
+    def begin(self, device: torch.device) -> None:
+        """Called before the first step: say which parameters train, and move what is no part of the module (a teacher)."""
 
     def save(self, folder: Path) -> None:
         """Write what the run leaves behind, in timm's folder format."""
@@ -67,6 +67,13 @@ class Task(nn.Module, ABC):
     @property
     def _backbone_prefix(self) -> str:
         return next(name for name, module in self.named_modules() if module is self.backbone) + "."
+
+
+def train_only(module: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
+    """Let these parameters of a module require gradients, and no others."""
+    module.requires_grad_(False)
+    for parameter in parameters:
+        parameter.requires_grad_(True)
 
 
 def compile_each_block(model: nn.Module, **options: Any) -> None:

@@ -1,7 +1,9 @@
-"""ViT-Linearizer's training step: the frozen teacher sees the image, the student sees it masked, the objectives compare.
+"""The step of every distillation of features: the frozen teacher sees the image, the student sees it masked or whole, the
+objectives compare.
 
-Source: ViT-Linearizer (arXiv 2504.00037, figure 2 and section 3.3): L = L_act + lambda L_mask. The mask token and the
-projections live here, not in the student, so the exported backbone has no parameter it does not use.
+Sources: ViT-Linearizer (arXiv 2504.00037, figure 2 and section 3.3): L = L_act + lambda L_mask; ViT-AdaLA (arXiv
+2603.16063), stage 2: feature alignment alone, on whole images. The mask token and the projections live here, not in the
+student, so the exported backbone has no parameter it does not use.
 """
 
 import math
@@ -15,12 +17,20 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ..contracts import Features, LossOutput, UserError
-from ..data.datasets import nothing_readable, to_device
-from ..evaluation import FidelityMeter, collect_features, knn_accuracy
-from ..models.adapters import extract_features, stage_ends
+from ..data.datasets import to_device
+from ..evaluation import StudentMeter
+from ..models.adapters import behind_features, extract_features, stage_ends
 from ..models.teacher import Teacher
-from ..objectives import FeatureRegression, MaskedPrediction, Masking, MatchedTokens, Target, activation_matching
-from .base import Task, compile_each_block
+from ..objectives import (
+    FeatureRegression,
+    MaskedPrediction,
+    Masking,
+    MatchedTokens,
+    Target,
+    activation_matching,
+    feature_alignment,
+)
+from .base import Task, compile_each_block, train_only
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +47,8 @@ class DistillationConfig:
         masked_prediction_target: what of the teacher is predicted.
         feature_regression_weight: factor on the plain regression of the final tokens; 0 leaves it out.
         feature_regression_target: what of the teacher is regressed.
+        feature_alignment_weight: factor on the error of the final features as they are; 0 leaves it out. Needs a student
+            of the teacher's width.
     """
 
     stages: int = 4
@@ -48,6 +60,7 @@ class DistillationConfig:
     masked_prediction_target: Target = "layer_norm"
     feature_regression_weight: float = 0.0
     feature_regression_target: Target = "layer_norm"
+    feature_alignment_weight: float = 0.0
 
     def __post_init__(self) -> None:
         if not 0 <= self.mask_ratio < 1:
@@ -56,12 +69,14 @@ class DistillationConfig:
             "--activation-matching-weight": self.activation_matching_weight,
             "--masked-prediction-weight": self.masked_prediction_weight,
             "--feature-regression-weight": self.feature_regression_weight,
+            "--feature-alignment-weight": self.feature_alignment_weight,
         }
         for name, weight in weights.items():
             if not (weight >= 0 and math.isfinite(weight)):
                 raise UserError(name, weight, "must be 0 or more, and finite")
         if not any(weights.values()):
-            raise UserError("objective weights", "0 0 0", f"at least one of {', '.join(weights)} must be above 0")
+            remedy = f"at least one of {', '.join(weights)} must be above 0"
+            raise UserError("objective weights", " ".join("0" for _ in weights), remedy)
         if self.mask_ratio == 0 and self.masked_prediction_weight > 0:
             remedy = "masked prediction has nothing to predict; mask some patches, or set --masked-prediction-weight 0"
             raise UserError("--mask-ratio", self.mask_ratio, remedy)
@@ -78,7 +93,8 @@ class Distillation(Task):
         config: objectives and masks.
 
     Raises:
-        UserError: more stages than blocks, or the class token's row is asked for and the teacher has none.
+        UserError: more stages than blocks, the class token's row is asked for and the teacher has none, or features of
+            different widths are to be aligned.
     """
 
     def __init__(self, student: nn.Module, teacher: Teacher, config: DistillationConfig):
@@ -98,6 +114,9 @@ class Distillation(Task):
         self.feature_regression: FeatureRegression | None = None
         if config.feature_regression_weight > 0:
             self.feature_regression = FeatureRegression(dim, teacher.dim, target=config.feature_regression_target)
+        if config.feature_alignment_weight > 0 and dim != teacher.dim:
+            remedy = f"the student is {dim} wide, the teacher {teacher.dim}; use --feature-regression-weight, which projects"
+            raise UserError("--feature-alignment-weight", config.feature_alignment_weight, remedy)
         needs_class_token = config.activation_matching_weight > 0 and config.activation_matching_tokens == "class"
         if needs_class_token and any(getattr(model, "cls_token", None) is None for model in (student, teacher.model)):
             remedy = "the teacher or the student has no class token; use visible or all"
@@ -106,15 +125,19 @@ class Distillation(Task):
             raise UserError(
                 "--mask-ratio", config.mask_ratio, "an image of one patch has none to spare; use a larger --image-size"
             )
+        behind = {id(parameter) for module in behind_features(student) for parameter in module.parameters()}
+        self._trained = [p for p in self.parameters() if p.requires_grad and id(p) not in behind]
         # Activation maps are taken before the final norm.
-        self.uses_every_parameter = self.masked_prediction is not None or self.feature_regression is not None
+        reads_final = (config.masked_prediction_weight, config.feature_regression_weight, config.feature_alignment_weight)
+        self.uses_every_parameter = any(reads_final)
 
     @property
     def backbone(self) -> nn.Module:
         return self.student
 
-    def to_other_devices(self, device: torch.device) -> None:
+    def begin(self, device: torch.device) -> None:
         self.teacher.to(device)
+        train_only(self, self._trained)
 
     def compile_blocks(self) -> None:
         compile_each_block(self.student)
@@ -146,6 +169,8 @@ class Distillation(Task):
         if self.feature_regression is not None:
             term = self.feature_regression(student, teacher, mask)
             weighted["feature_regression"] = (config.feature_regression_weight, term)
+        if config.feature_alignment_weight > 0:
+            weighted["feature_alignment"] = (config.feature_alignment_weight, feature_alignment(student, teacher))
         loss = torch.stack([weight * term for weight, term in weighted.values()]).sum()
         return LossOutput(loss=loss, terms={name: term.detach() for name, (_, term) in weighted.items()})
 
@@ -154,38 +179,23 @@ class Distillation(Task):
         """Losses under fixed masks, and the label-free signs that it works, on whole images.
 
         Returns:
-            ``loss`` and each term; ``masked_cosine`` (predicted against true teacher tokens at masked places); what
-            `FidelityMeter` says; ``knn`` in percent when ``bank`` is given.
+            ``loss`` and each term; ``masked_cosine`` (predicted against true teacher tokens at masked places); and what
+            `StudentMeter` says.
         """
         self.eval()
-        sums: dict[str, float] = {}
-        images = 0
-        meter = FidelityMeter(len(held_out.dataset))  # type: ignore[arg-type]  # it has a length
-        pooled, labels = [], []
+        meter = StudentMeter(len(held_out.dataset))  # type: ignore[arg-type]  # it has a length
         for batch in held_out:
             batch = to_device(batch, device)
-            size = len(batch["images"])
             teacher = self.teacher.features(batch["images"], stages=self.config.stages)
             student = self._student(batch)
             mask = batch.get("mask")
             output = self._losses(student, teacher, mask)
-            values = {"loss": output.loss, **output.terms}
+            losses = {"loss": output.loss, **output.terms}
             if self.masked_prediction is not None and mask is not None:
                 prediction, target = self.masked_prediction.pairs(student, teacher, mask)
-                values["masked_cosine"] = F.cosine_similarity(prediction.float(), target.float(), dim=1).mean()
-            for name, value in values.items():
-                sums[name] = sums.get(name, 0.0) + size * float(value)
-            images += size
+                losses["masked_cosine"] = F.cosine_similarity(prediction.float(), target.float(), dim=1).mean()
             whole = student if mask is None else extract_features(self.student, batch["images"], stages=self.config.stages)
-            meter.update(whole, teacher)
-            pooled.append(whole.pooled.float().cpu())
-            if "labels" in batch:
-                labels.append(batch["labels"].cpu())
-        if not pooled:
-            raise nothing_readable()
-        metrics = {**{name: total / images for name, total in sums.items()}, **meter.scores()}
-        if bank is not None:
-            features, bank_labels = collect_features(self.student, bank, device)
-            metrics["knn"] = knn_accuracy(features, bank_labels, torch.cat(pooled), torch.cat(labels))
+            meter.update(losses, whole, teacher, batch.get("labels"))
+        scores = meter.scores(self.student, bank, device)
         self.train()
-        return metrics
+        return scores

@@ -32,11 +32,13 @@ class Progress:
     """Where a run stands.
 
     Attributes:
-        step: optimisation steps done.
-        best_score: score of the best weights so far, None before the first evaluation.
+        stage: 0-based number of the stage that these steps belong to last.
+        step: optimisation steps done, over all stages.
+        best_score: score of the stage's best weights so far, None before the first evaluation.
         best_step: step of those weights.
     """
 
+    stage: int = 0
     step: int = 0
     best_score: float | None = None
     best_step: int = 0
@@ -58,17 +60,39 @@ def save_checkpoint(file: Path, model: nn.Module, optimizer: Optimizer, progress
         fresh.replace(file)
 
 
-def load_checkpoint(file: Path, model: nn.Module, optimizer: Optimizer) -> Progress:
-    """Restore model and optimiser in place.
+class Checkpoint:
+    """A checkpoint that has been read, to be put into model and optimiser.
+
+    Args:
+        file: as `save_checkpoint` left it.
+
+    Attributes:
+        progress: where that run stood.
 
     Raises:
-        UserError: the file is damaged or belongs to another model.
+        UserError: the file is damaged.
     """
-    try:
-        content: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
-        set_model_state_dict(model, content["model"], options=_FULL)
-        set_optimizer_state_dict(model, optimizer, content["optimizer"], options=_OPTIMIZER)
-        return Progress(**content["progress"])
-    except Exception as error:  # torch raises several kinds for damaged archives and foreign tensors
+
+    def __init__(self, file: Path):
+        self.file = file
+        try:
+            self._content: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
+            self.progress = Progress(**self._content["progress"])
+        except Exception as error:  # torch raises several kinds for damaged archives
+            raise self._unreadable(error) from error
+
+    def restore(self, model: nn.Module, optimizer: Optimizer) -> None:
+        """Set model and optimiser in place.
+
+        Raises:
+            UserError: it belongs to another model.
+        """
+        try:
+            set_model_state_dict(model, self._content["model"], options=_FULL)
+            set_optimizer_state_dict(model, optimizer, self._content["optimizer"], options=_OPTIMIZER)
+        except Exception as error:  # and for foreign tensors
+            raise self._unreadable(error) from error
+
+    def _unreadable(self, error: Exception) -> UserError:
         detail = " ".join(str(error).split())[:200]
-        raise UserError("checkpoint", file, f"cannot be read ({detail}); use --resume never to start over") from error
+        return UserError("checkpoint", self.file, f"cannot be read ({detail}); use --resume never to start over")

@@ -9,7 +9,8 @@ import logging
 import math
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -23,7 +24,7 @@ from ..contracts import UserError
 from ..data.datasets import SkippedList, to_device, training_loader
 from ..data.sampler import StepSampler, steps_per_epoch
 from ..tasks import Task
-from .checkpoint import Progress, load_checkpoint, save_checkpoint
+from .checkpoint import Checkpoint, Progress, save_checkpoint
 from .config import OptimisationConfig, RuntimeConfig
 from .data import TrainingData
 from .machine import choose_workers, memory_gib
@@ -36,17 +37,31 @@ logger = logging.getLogger("vit_linearizer")
 _NOT_FINITE = "not finite; the last good checkpoint is kept; try a lower --learning-rate or --precision fp32"
 
 
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One stage of a run.
+
+    Attributes:
+        name: what is done, in every line of the metrics.
+        task: what is trained; the tasks of a run's stages share their backbone.
+        optimisation: how long and how.
+    """
+
+    name: str
+    task: Task
+    optimisation: OptimisationConfig
+
+
 def train(
-    task: Task,
+    stages: Sequence[Stage],
     data: TrainingData,
-    optimisation: OptimisationConfig,
     runtime: RuntimeConfig,
     run: RunFolder,
     accelerator: Accelerator,
-    *,
-    title: str,
 ) -> dict[str, Any]:
-    """Train a task, leaving checkpoints, metrics and the best weights in the run folder.
+    """Train one task after another, leaving checkpoints, metrics and the last stage's best weights in the run folder.
+
+    Steps are counted over all stages; each begins with the weights that the one before ended with.
 
     Returns:
         Metrics of the weights in ``model/``.
@@ -55,9 +70,42 @@ def train(
         UserError: a loss that is not finite; the last good checkpoint stays.
     """
     images = len(data.training)  # type: ignore[arg-type]  # it has a length
-    per_epoch, total = steps_per_epoch(images, optimisation.batch_size), total_steps(optimisation, images)
+    last = run.checkpoints / "last.pt"
+    checkpoint = Checkpoint(last) if last.exists() else None
+    resumed = checkpoint.progress if checkpoint is not None else Progress(step=-1)
+    run.cut_metrics(resumed.step, [stage.name for stage in stages[: resumed.stage + 1]])
+    accelerator.wait_for_everyone()
+    first = 0
+    for number, stage in enumerate(stages):
+        end = first + total_steps(stage.optimisation, images)
+        if number >= resumed.stage:
+            going_on = checkpoint if number == resumed.stage else None
+            if len(stages) > 1 and resumed.step < end:
+                logger.info("stage %d of %d: %s", number + 1, len(stages), stage.name)
+            progress = going_on.progress if going_on is not None else Progress(stage=number, step=first)
+            _train_stage(stage, progress, first, end, going_on, data, runtime, run, accelerator)
+            accelerator.free_memory()  # and the hooks that distributed training put on the backbone
+        first = end
+    return run.read_evaluation()
+
+
+def _train_stage(
+    stage: Stage,
+    progress: Progress,
+    first: int,
+    end: int,
+    checkpoint: Checkpoint | None,
+    data: TrainingData,
+    runtime: RuntimeConfig,
+    run: RunFolder,
+    accelerator: Accelerator,
+) -> None:
+    """Steps ``first`` to ``end`` of the run, or what is left of them."""
+    task, optimisation = stage.task, stage.optimisation
+    images = len(data.training)  # type: ignore[arg-type]  # it has a length
+    per_epoch = steps_per_epoch(images, optimisation.batch_size)
     evaluate_steps, save_steps = intervals(optimisation, runtime, images)
-    task.to_other_devices(accelerator.device)
+    task.begin(accelerator.device)
     if runtime.gradient_checkpointing:
         task.backbone.set_grad_checkpointing(True)  # type: ignore[operator]
     if runtime.compile:
@@ -70,18 +118,14 @@ def train(
         accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)
     model, optimizer = accelerator.prepare(task, optimizer)
     raw_optimizer = getattr(optimizer, "optimizer", optimizer)
+    if checkpoint is not None:
+        checkpoint.restore(model, raw_optimizer)
+        logger.info("resumed at step %d of %d", progress.step - first, end - first)
 
     last = run.checkpoints / "last.pt"
-    progress = Progress()
-    if last.exists():
-        progress = load_checkpoint(last, model, raw_optimizer)
-        logger.info("resumed at step %d of %d", progress.step, total)
-    run.cut_metrics(progress.step if last.exists() else -1)
-    accelerator.wait_for_everyone()
-
     sampler = StepSampler(
         first=progress.step,
-        last=total,
+        last=end,
         images=images,
         batch_size=optimisation.batch_size,
         repeats=data.repeats,
@@ -96,7 +140,7 @@ def train(
         num_workers=choose_workers(runtime, accelerator.device),
         pin_memory=accelerator.device.type == "cuda",
     )
-    metrics = MetricsWriter(run, progress.step)
+    metrics = MetricsWriter(run, stage.name, progress.step)
     saved_at = time.monotonic()
 
     def evaluate() -> None:
@@ -112,11 +156,11 @@ def train(
         score = values[name] if lower else -values[name]
         if not math.isfinite(score):
             raise UserError(f"held-out {name}", f"{values[name]} at step {progress.step}", _NOT_FINITE)
-        if progress.step > 0 and (progress.best_score is None or score <= progress.best_score):  # of equals the latest
+        if progress.step > first and (progress.best_score is None or score <= progress.best_score):  # of equals the latest
             progress.best_score, progress.best_step = score, progress.step
             if run.writes:
                 task.save(run.model)
-                run.write_evaluation({"step": progress.step, **values})
+                run.write_evaluation({"step": progress.step, "stage": stage.name, **values})
             save_checkpoint(run.checkpoints / "best.pt", model, raw_optimizer, progress, writes=run.writes)
 
     def save() -> None:
@@ -124,33 +168,33 @@ def train(
         save_checkpoint(last, model, raw_optimizer, progress, writes=run.writes)
         saved_at = time.monotonic()
 
-    line = ProgressLine(title, first=progress.step, total=total, shown=accelerator.is_main_process)
+    line = ProgressLine(stage.name, first=progress.step - first, total=end - first, shown=accelerator.is_main_process)
     clock = _Clock(optimisation.batch_size)
     try:
-        if progress.step == 0:
+        if progress.step == first:
             evaluate()
         task.train()
         with line, _StopRequest() as stop:
             batches = iter(loader)
             clock.start()
-            while progress.step < total:
-                schedule.step_update(progress.step)
+            while progress.step < end:
+                schedule.step_update(progress.step - first)
                 # Drop path: one stream per step and process, so that nothing random has to be saved.
                 torch.manual_seed(_step_seed(runtime.seed, progress.step, accelerator.process_index))
                 terms, waited = _optimise(model, optimizer, batches, optimisation, runtime, accelerator, progress.step, stop)
                 progress.step += 1
                 speed = clock.tick(waited)
-                if progress.step % runtime.log_every == 0 or progress.step in (1, total):
+                if progress.step % runtime.log_every == 0 or progress.step in (first + 1, end):
                     learning_rate = max(group["lr"] for group in raw_optimizer.param_groups)
                     values = {"epoch": progress.step / per_epoch, **terms, "learning_rate": learning_rate}
                     metrics.write(progress.step, "train", {**values, **speed, "memory_gib": memory_gib(accelerator.device)})
                 shown = {name: speed[name] for name in ("images_per_second", "data_wait")}
-                line.update(progress.step, loss=terms["loss"], **shown)
-                if progress.step == total or progress.step % evaluate_steps == 0:
+                line.update(progress.step - first, loss=terms["loss"], **shown)
+                if progress.step == end or (progress.step - first) % evaluate_steps == 0:
                     with clock.paused():
                         evaluate()
                         save()
-                elif progress.step % save_steps == 0 or _agree(
+                elif (progress.step - first) % save_steps == 0 or _agree(
                     accelerator, time.monotonic() - saved_at > 60 * runtime.checkpoint_minutes
                 ):
                     save()
@@ -162,9 +206,8 @@ def train(
         metrics.close()
         if run.writes:
             SkippedList(run.skipped).tidy()
-    logger.info("%s: done, %d steps, the last %d in %s", title, total, clock.steps, duration(clock.elapsed))
+    logger.info("%s: done, %d steps, the last %d in %s", stage.name, end - first, clock.steps, duration(clock.elapsed))
     accelerator.wait_for_everyone()
-    return run.read_evaluation()
 
 
 class _Clock:

@@ -11,7 +11,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -99,15 +99,21 @@ class RunFolder:
             file.unlink(missing_ok=True)
         self.checkpoints.mkdir(parents=True)
 
-    def cut_metrics(self, step: int) -> None:
-        """Drop every line beyond a step, and a last line that a kill left half-written."""
+    def cut_metrics(self, step: int, stages: Sequence[str]) -> None:
+        """Drop every line beyond a step, of stages that have not begun, and one that a kill left half-written.
+
+        Args:
+            step: the last that is kept.
+            stages: names of those that have begun.
+        """
         if not self.writes or not self.metrics_file.exists():
             return
         kept = []
-        for line in self.metrics_file.read_text().splitlines():
+        for text in self.metrics_file.read_text().splitlines():
             with contextlib.suppress(ValueError):
-                if json.loads(line)["step"] <= step:
-                    kept.append(line + "\n")
+                line = json.loads(text)
+                if line["step"] <= step and line["stage"] in stages:
+                    kept.append(text + "\n")
         write_atomically(self.metrics_file, "".join(kept))
 
     def write_evaluation(self, metrics: Mapping[str, Any]) -> None:
@@ -136,9 +142,16 @@ class RunFolder:
 
 
 class MetricsWriter:
-    """Appends to ``metrics.jsonl``, and to tensorboard where it is installed."""
+    """Appends to ``metrics.jsonl``, and to tensorboard where it is installed.
 
-    def __init__(self, run: RunFolder, first_step: int):
+    Args:
+        run: its folder.
+        stage: name of the stage that all lines belong to.
+        first_step: of the run where it begins or goes on.
+    """
+
+    def __init__(self, run: RunFolder, stage: str, first_step: int):
+        self.stage = stage
         self.file = run.metrics_file.open("a", encoding="utf-8") if run.writes else None
         self.board: Any = None
         if run.writes and importlib.util.find_spec("tensorboard"):
@@ -147,10 +160,10 @@ class MetricsWriter:
             self.board = SummaryWriter(str(run.path / "tensorboard"), purge_step=first_step + 1 if first_step else 0)
 
     def write(self, step: int, split: str, values: Mapping[str, float | int]) -> None:
-        """One line: ``{"step": ..., "split": ..., ...}``, on disk before this returns."""
+        """One line: ``{"step": ..., "stage": ..., "split": ..., ...}``, on disk before this returns."""
         if self.file is None:
             return
-        self.file.write(json.dumps({"step": step, "split": split, **values}) + "\n")
+        self.file.write(json.dumps({"step": step, "stage": self.stage, "split": split, **values}) + "\n")
         self.file.flush()
         if self.board is not None:
             for name, value in values.items():
