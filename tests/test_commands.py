@@ -217,11 +217,13 @@ def check_quickstart(out: Path, capsys: pytest.CaptureFixture, *, full: bool) ->
     both = {"finetuned_100_percent", "finetuned_10_percent"}
     tuned = {"teacher": {"finetuned_100_percent"}, "distilled": both, "supervised": {"finetuned_10_percent"}}
     tuned |= {"teacher": both, "supervised": both} if full else {}
-    assert results.keys() == {"teacher", "distilled", "untrained", "regression", "supervised"}
+    assert results.keys() == {"teacher", "distilled", "adala", "untrained", "regression", "supervised"}
     for row, values in results.items():
-        frozen = {"knn", "linear_probe", "few_shot"} | ({"top1"} if row == "teacher" else set())
+        frozen = {"knn", "linear_probe", "few_shot"} | ({"top1"} if row in ("teacher", "adala") else set())
         frozen = set() if row == "supervised" else frozen
-        assert values.keys() == frozen | tuned.get(row, set()) | ({"train_seconds"} if frozen else set())
+        others = {"train_seconds"} | (set() if row == "teacher" else {"final_cosine"}) if frozen else set()
+        assert values.keys() == frozen | tuned.get(row, set()) | others
+        assert -1 <= values.get("final_cosine", 0) <= 1
         assert all(10 < values[name] <= 100 for name in frozen - {"top1"})
         assert all(0 <= values[name] <= 100 for name in tuned.get(row, set()))
     assert results["teacher"]["finetuned_100_percent"] == results["teacher"]["top1"]
@@ -289,7 +291,8 @@ def test_every_documented_command_runs(line: str, photos: Path, small_teacher: P
     if words[0] == "distill":
         put("--data", str(photos))
         put("--teacher", str(small_teacher))
-        put("--student-args", *tiny)
+        if "adala" not in words:
+            put("--student-args", *tiny)
         size = words[words.index("--image-size") + 1] if "--image-size" in words else "32"
         put("--image-size", size if size == "32" else "64x128" if "x" in size else "64")
         put("--epochs", "1")

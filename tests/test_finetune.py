@@ -103,7 +103,7 @@ def test_a_run_leaves_what_the_design_promises(run: Path) -> None:
     assert all({"loss", "cross_entropy", "learning_rate", "gradient_norm"} <= line.keys() for line in train)
     assert [line["step"] for line in held_out] == [0, 3, 6]
     for line in held_out:
-        assert line.keys() == {"step", "split", "epoch", "loss", "top1", "top5"}
+        assert line.keys() == {"step", "stage", "split", "epoch", "loss", "top1", "top5"}
         assert 0 <= line["top1"] <= line["top5"] <= 100
         assert line["top1"] * 18 / 100 == pytest.approx(round(line["top1"] * 18 / 100))  # 18 held-out pictures
     (of_best,) = [line for line in held_out if line["step"] == evaluation(run)["step"]]
@@ -290,8 +290,8 @@ def test_flags_reach_model_views_and_loop(pictures, tmp_path, monkeypatch) -> No
     class EnoughError(Exception):
         pass
 
-    def train(task, data, optimisation, *_args, **_kwargs):
-        seen.update(task=task, data=data, optimisation=optimisation)
+    def train(stages, data, *_args):
+        seen.update(task=stages[0].task, data=data, optimisation=stages[0].optimisation)
         raise EnoughError
 
     monkeypatch.setattr("vit_linearizer.commands.finetune.train", train)
@@ -639,7 +639,8 @@ def test_the_best_weights_are_those_of_the_highest_top1(pictures, tmp_path, monk
 
     monkeypatch.setattr(Classification, "evaluate", evaluate)
     tuned = finetune(settings(pictures, tmp_path / "run", epochs=4, batch_size=24))
-    assert evaluation(tuned) == {"step": best, "loss": 1.0 / (best + 1), "top1": float(top1[best])}
+    stage = {"step": best, "stage": "fine-tuning"}
+    assert evaluation(tuned) == {**stage, "loss": 1.0 / (best + 1), "top1": float(top1[best])}
     weights = rebuilt(tuned).state_dict()
     assert all(torch.equal(weights[name], value) for name, value in states[best].items())
     last = torch.load(tuned / "checkpoints" / "last.pt", weights_only=True)["progress"]

@@ -24,13 +24,14 @@ from small_models import images, small
 from vit_linearizer import ops
 from vit_linearizer.commands.doctor import DoctorConfig, doctor
 from vit_linearizer.contracts import UserError
-from vit_linearizer.models.long_sequences import goes_in_parts, segments
+from vit_linearizer.models.long_sequences import block_goes_in_parts
 from vit_linearizer.models.mamba2 import Mamba2
+from vit_linearizer.models.parts import segments
 from vit_linearizer.ops import native, onednn
 from vit_linearizer.ops.native import build, operators
 from vit_linearizer.ops.native.registration import OPS
 
-long_sequences = importlib.import_module("vit_linearizer.models.long_sequences")
+parts = importlib.import_module("vit_linearizer.models.parts")
 
 EPS = 1e-5
 LENGTHS = (1, 2, 3, 4, 5, 63, 64, 65, 127, 128, 129, 200)
@@ -293,38 +294,38 @@ def test_shapes_that_do_not_fit_are_refused(wrong):
 @pytest.mark.parametrize("segment", [1, 7, 1024])
 @pytest.mark.parametrize("length", [1, 2, 10, 11, 1535, 1536, 1537, 4000])
 def test_segments_cover_exactly_with_parts_of_nearly_one_size(monkeypatch, segment, length):
-    monkeypatch.setattr(long_sequences, "SEGMENT", segment)
-    parts = segments(length)
-    assert [t for start, stop in parts for t in range(start, stop)] == [*range(length)]
-    sizes = {stop - start for start, stop in parts}
+    monkeypatch.setattr(parts, "SEGMENT", segment)
+    found = segments(length)
+    assert [t for start, stop in found for t in range(start, stop)] == [*range(length)]
+    sizes = {stop - start for start, stop in found}
     assert max(sizes) - min(sizes) <= 1
     assert max(sizes) <= segment * 3 / 2 + 1
-    assert len(parts) == 1 or min(sizes) >= segment * 2 // 3
+    assert len(found) == 1 or min(sizes) >= segment * 2 // 3
 
 
 def test_only_long_sequences_on_a_cpu_in_evaluation_are_cut(monkeypatch):
-    monkeypatch.setattr(long_sequences, "SEGMENT", 16)
+    monkeypatch.setattr(parts, "SEGMENT", 16)
     block, x = small(depth=1).layers[0], torch.zeros(1, 25, 32)
-    assert not goes_in_parts(block, x)
+    assert not block_goes_in_parts(block, x)
     with torch.no_grad():
-        assert goes_in_parts(block, x)
-        assert not goes_in_parts(block, x[:, :24])
-        assert not goes_in_parts(block, x.to("meta"))
-        assert not goes_in_parts(block.train(), x)
+        assert block_goes_in_parts(block, x)
+        assert not block_goes_in_parts(block, x[:, :24])
+        assert not block_goes_in_parts(block, x.to("meta"))
+        assert not block_goes_in_parts(block.train(), x)
         block.eval()
         for handle in (
             block.mlp.w3.register_forward_hook(lambda *_: None),
             block.mixer.register_forward_pre_hook(lambda *_: None),
         ):
-            assert not goes_in_parts(block, x), "hooks are to see everything"
+            assert not block_goes_in_parts(block, x), "hooks are to see everything"
             handle.remove()
         with monkeypatch.context() as patch:
             patch.setattr(block.mlp, "forward", lambda x: x)
-            assert not goes_in_parts(block, x), "another forward is to be called"
+            assert not block_goes_in_parts(block, x), "another forward is to be called"
         handle = torch.nn.modules.module.register_module_forward_hook(lambda *_: None)
-        assert not goes_in_parts(block, x)
+        assert not block_goes_in_parts(block, x)
         handle.remove()
-        assert goes_in_parts(block, x)
+        assert block_goes_in_parts(block, x)
 
 
 @DTYPES
@@ -336,7 +337,7 @@ def test_long_sequences_pass_in_parts_as_in_one_go(monkeypatch, calls, segment, 
     with torch.inference_mode():
         want = model.forward_features(pictures)
         before = calls["mixer_core"]
-        monkeypatch.setattr(long_sequences, "SEGMENT", segment)
+        monkeypatch.setattr(parts, "SEGMENT", segment)
         got = model.forward_features(pictures)
         assert calls["mixer_core"] == before + 4 * len(segments(100)) > before + 4
         token = model.forward_class_token(pictures)[:, 0]
@@ -351,7 +352,7 @@ def test_a_part_that_somebody_replaced_is_still_called(monkeypatch):
     model.layers[0].mlp.w3 = torch.nn.Sequential(model.layers[0].mlp.w3, torch.nn.Tanh())
     with torch.no_grad():
         want = model(pictures)
-        monkeypatch.setattr(long_sequences, "SEGMENT", 16)
+        monkeypatch.setattr(parts, "SEGMENT", 16)
         assert error(model(pictures), want.double()) < 2e-6
 
 
@@ -361,7 +362,7 @@ def test_long_sequences_pass_in_parts_under_autocast(monkeypatch, dtype):
     model, pictures = small(img_size=160), images(160, 160)
     with torch.no_grad(), torch.autocast("cpu", dtype=dtype):
         want = model(pictures)
-        monkeypatch.setattr(long_sequences, "SEGMENT", 16)
+        monkeypatch.setattr(parts, "SEGMENT", 16)
         assert error(model(pictures), want.double()) < 0.02
 
 
@@ -369,7 +370,7 @@ def test_long_sequences_pass_in_one_go_where_the_library_is_missing(monkeypatch,
     model, pictures = small(img_size=160), images(160, 160)
     with torch.no_grad():
         want = model(pictures)
-        monkeypatch.setattr(long_sequences, "SEGMENT", 16)
+        monkeypatch.setattr(parts, "SEGMENT", 16)
         assert error(plain(model, pictures), want.double()) < 2e-6
 
 

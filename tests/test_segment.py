@@ -78,7 +78,7 @@ def test_a_run_leaves_what_the_design_promises(run: Path) -> None:
     assert [line["step"] for line in held_out] == [0, 1, 2, 3, 4]
     for line in held_out:
         assert line.keys() == {
-            "step", "split", "epoch", "miou", "pixel_accuracy", "mean_accuracy", "images", "skipped",
+            "step", "stage", "split", "epoch", "miou", "pixel_accuracy", "mean_accuracy", "images", "skipped",
         }  # fmt: skip  # numbers alone
         assert (line["images"], line["skipped"]) == (4, 0)
     found = evaluation(run)
@@ -363,7 +363,7 @@ def test_the_best_weights_are_those_of_the_highest_miou(pictures, tmp_path, monk
     told = iter((99.0, 10.0, 30.0, 30.0, 20.0))
     monkeypatch.setattr(Segmentation, "evaluate", lambda *_: {"miou": next(told), "iou": {"a": None}})
     made = segment(settings(pictures, tmp_path / "run"))
-    assert evaluation(made) == {"step": 3, "miou": 30.0, "iou": {"a": None}}
+    assert evaluation(made) == {"step": 3, "stage": "segmentation", "miou": 30.0, "iou": {"a": None}}
     assert all("iou" not in line for line in metrics(made))
 
 
@@ -394,8 +394,8 @@ def test_the_recipes_drop_path_is_trained_with_and_not_saved(run, pictures, tmp_
     class EnoughError(Exception):
         pass
 
-    def train(task, data, optimisation, *_args, **_kwargs):
-        seen.update(task=task, data=data, optimisation=optimisation)
+    def train(stages, data, *_args):
+        seen.update(task=stages[0].task, data=data, optimisation=stages[0].optimisation)
         raise EnoughError
 
     monkeypatch.setattr("vit_linearizer.commands.segment.train", train)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import models as models
 from .contracts import UserError
+from .models.linear_vit import linearize
 from .models.loading import load
 
 if TYPE_CHECKING:
@@ -68,6 +69,7 @@ __all__ = [
     "evaluate",
     "export",
     "finetune",
+    "linearize",
     "load",
     "predict",
     "quickstart",

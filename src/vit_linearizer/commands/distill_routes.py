@@ -4,6 +4,7 @@ A route knows sizes, stages and models; everything else about a distillation (`d
 """
 
 import dataclasses
+import logging
 from typing import Any, Protocol
 
 import timm
@@ -18,7 +19,9 @@ from ..recipes import ADAPTATION, DISTILLATION, AttentionRecipe, DistillationRec
 from ..tasks import AttentionAlignment, Distillation, Task
 from .arguments import parse_model_args, parse_size
 from .distill_flags import DistillConfig
-from .resolution import apply_flags, fit_to_images
+from .resolution import apply_flags, architecture_name, fit_to_images
+
+logger = logging.getLogger("vit_linearizer")
 
 StageRecipe = AttentionRecipe | DistillationRecipe
 
@@ -70,6 +73,7 @@ def choose_route(config: DistillConfig) -> Route:
     Raises:
         UserError: unknown or unfit models, flags of the other route, or values that cannot be.
     """
+    find_recipe({**DISTILLATION, **ADAPTATION}, config.recipe, "")  # refuses an unknown name before all else
     return AdaptationRoute(config) if config.recipe in ADAPTATION else StudentRoute(config)
 
 
@@ -87,8 +91,7 @@ class StudentRoute:
         self._named: dict[str, Any] = {"field": "--student", "architecture": config.student_arch}
         probe: Any = probe_backbone(config.student, **self._named, **self._args)
         check_plain(probe, config.student, field="--student")
-        known = {**DISTILLATION, **ADAPTATION}  # so that the message names them all
-        self._table: DistillationRecipe = find_recipe(known, config.recipe, probe.pretrained_cfg["architecture"])  # type: ignore[assignment]
+        self._table = find_recipe(DISTILLATION, config.recipe, architecture_name(probe))
         apply_flags(self._table, config)  # refuses what cannot be, before anything is read
         self.image_size = parse_size("--image-size", config.image_size) or nominal_size(probe)
         self.grid = patch_grid(probe, self.image_size)
@@ -140,7 +143,7 @@ class AdaptationRoute:
         self.student_name = f"linear attention in {config.teacher}"
         probe: Any = probe_backbone(config.teacher, field="--teacher", architecture=config.teacher_arch)
         check_plain(probe, config.teacher, field="--teacher")
-        table = find_recipe(ADAPTATION, config.recipe, probe.pretrained_cfg["architecture"])
+        table = find_recipe(ADAPTATION, config.recipe, architecture_name(probe))
         given = {name: getattr(config, name) for name in ("feature_map", "keep_softmax_blocks")}
         table = dataclasses.replace(table, **{name: value for name, value in given.items() if value is not None})
         self._stages: dict[str, tuple[StageRecipe, DistillConfig]] = {}
@@ -148,7 +151,7 @@ class AdaptationRoute:
             ("attention alignment", table.attention, config.attention_epochs, config.attention_learning_rate),
             ("feature alignment", table.feature, config.feature_epochs, config.feature_learning_rate),
         ):
-            if epochs == 0 or (epochs is None and config.epochs == 0):
+            if epochs == 0:
                 continue  # leaves the stage out
             own = dataclasses.replace(
                 config,
@@ -194,6 +197,8 @@ class AdaptationRoute:
         )
         student: Any = linearize(model, **self._linear)  # with the teacher's classifier, which reads its features as well
         student._model_args.pop("drop_path_rate", None)  # a matter of this training, not of the model
+        if hasattr(model, "head_dist"):
+            logger.warning("the teacher's second head reads a distillation token, which nothing aligns: expect less of it")
         model.reset_classifier(0)
         teacher = Teacher(model, self.image_size)
         tasks: dict[str, Task] = {}

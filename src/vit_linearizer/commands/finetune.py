@@ -27,6 +27,7 @@ from ..training.run_folder import RunFolder
 from .arguments import parse_size
 from .resolution import (
     apply_flags,
+    architecture_name,
     fit_to_images,
     open_at_size,
     probe_model,
@@ -87,7 +88,7 @@ def finetune(config: FinetuneConfig) -> Path:
     """
     show_messages()
     probe: Any = probe_model(config)
-    architecture = probe.pretrained_cfg["architecture"]
+    architecture = architecture_name(probe)
     name = config.recipe or finetuning_recipe(architecture)
     table = find_recipe(FINE_TUNING, name, architecture)
     apply_flags(table, config)  # refuses what cannot be, before anything is read

@@ -1,9 +1,9 @@
 """``quickstart``: the whole story on handwritten digits, on two CPU cores, without network.
 
-A small ViT is trained on labels, a small Adventurer is distilled from it without labels, and both are judged on digits that
-nothing was trained or tuned on, beside the same student untrained and the same student trained by plain regression. Then
-the student is fine-tuned on all labels and on a tenth of them, beside one that starts from scratch, and student and teacher
-are timed on larger and larger images.
+A small ViT is trained on labels; a small Adventurer is distilled from it without labels, and the ViT itself is turned to
+linear attention. All are judged on digits that nothing was trained or tuned on, beside the Adventurer untrained and trained
+by plain regression. Then it is fine-tuned on all labels and on a tenth of them, beside one that starts from scratch, and
+all three are timed on larger and larger images.
 """
 
 import json
@@ -23,8 +23,17 @@ from torch.utils.data import DataLoader
 
 from ..data.datasets import CentreSet, centre_loader
 from ..data.sources import DigitsSource
-from ..evaluation import class_scores, collect_features, few_shot_accuracy, knn_accuracy, linear_probe_accuracy
+from ..evaluation import (
+    FidelityMeter,
+    class_scores,
+    collect_features,
+    few_shot_accuracy,
+    knn_accuracy,
+    linear_probe_accuracy,
+)
+from ..models.adapters import extract_features
 from ..models.loading import create_backbone, load, save_model_folder
+from ..models.teacher import Teacher
 from ..recipes import DISTILLATION, find_recipe
 from ..training.progress import console, show_messages
 from ..training.run_folder import write_atomically
@@ -39,9 +48,15 @@ _SIZE = 32
 _SHAPE = dict(img_size=_SIZE, patch_size=4, embed_dim=96, depth=4)
 _SMOKE_SHAPE = dict(img_size=_SIZE, patch_size=8, embed_dim=32, depth=4)
 _STUDENT = "adventurer_tiny_patch16_224"
-_ROWS = ("teacher", "distilled", "untrained", "regression")
+_ROWS = ("teacher", "distilled", "adala", "untrained", "regression")
 #: With patches of 4: 256 to 16,384 tokens.
 _LARGER_SIZES = ("64", "128", "256", "512")
+#: What is made of the teacher without labels.
+_DISTILLED = {
+    "distilled": "a linear-time student from the teacher",
+    "adala": "the teacher itself with linear attention",
+    "regression": "the first student by plain feature regression",
+}
 _COLUMNS = {"top1": "top-1", "knn": "kNN", "linear_probe": "linear probe", "few_shot": "5 labels a class"}
 _TUNING_COLUMNS = {"finetuned_100_percent": "all labels", "finetuned_10_percent": "10 % of them"}
 #: How students are fine-tuned with a share of the labels: the same for the distilled one and the one from scratch.
@@ -93,32 +108,20 @@ def quickstart(config: QuickstartConfig) -> dict[str, dict[str, float]]:
     teacher = _train_teacher(out, config, evaluate_every=7)
     seconds["teacher"], models["teacher"] = time.perf_counter() - started, load(teacher)
 
-    baseline = asdict(find_recipe(DISTILLATION, "regression", _STUDENT).objectives)
-    for row, objectives in (("distilled", {}), ("regression", baseline)):
-        console.rule(f"{row}: a linear-time student from the teacher, without labels")
+    for row, title in _DISTILLED.items():
+        console.rule(f"{row}: {title}, without labels")
         started = time.perf_counter()
-        settings: dict[str, Any] = {"epochs": 1} if config.smoke else {}
-        run = distill(
-            DistillConfig(
-                teacher=str(teacher),
-                student=_STUDENT,
-                student_args=tuple(f"{name}={value}" for name, value in _shape(config).items()),
-                data="builtin:digits-train",
-                out=str(out / row),
-                recipe="digits",
-                seed=config.seed,
-                evaluate_every=4,
-                **settings,
-                **objectives,
-            )
-        )
+        run = _distill(row, teacher, out, config)
         seconds[row], models[row] = time.perf_counter() - started, load(run)
     torch.manual_seed(config.seed)
     models["untrained"] = create_backbone(_STUDENT, field="--student", **_shape(config)).eval()
     seconds["untrained"] = 0.0
 
     console.rule("judged on digits that nothing was trained or tuned on")
+    frozen = Teacher(create_backbone(str(teacher), field="--teacher", pretrained=True), (_SIZE, _SIZE))
     results = {row: _judge(models[row], draws=2 if config.smoke else 20) for row in _ROWS}
+    for row in _ROWS[1:]:
+        results[row] |= _fidelity(models[row], frozen)
     for row, values in results.items():
         values["train_seconds"] = round(seconds[row], 1)
     for fraction, row in _TUNED + (_TUNED_IN_FULL if config.full else ()):
@@ -129,7 +132,7 @@ def quickstart(config: QuickstartConfig) -> dict[str, dict[str, float]]:
     console.rule("speed and memory on larger images")
     speed = benchmark(
         BenchmarkConfig(
-            models=(str(teacher), str(out / "distilled")),
+            models=(str(teacher), str(out / "distilled"), str(out / "adala")),
             image_sizes=_LARGER_SIZES,
             out=str(out),
             repeats=3,
@@ -162,6 +165,20 @@ def _train_teacher(out: Path, config: QuickstartConfig, name: str = "teacher", *
         save_model_folder(model, start)
     # bf16 is no faster for so small a ViT
     return _finetune(str(start), out / name, config, precision="fp32", **settings)
+
+
+def _distill(row: str, teacher: Path, out: Path, config: QuickstartConfig) -> Path:
+    """One of the `_DISTILLED` rows."""
+    settings: dict[str, Any] = {"epochs": 1} if config.smoke else {}
+    if row == "adala":
+        settings |= {"recipe": "adala_digits", "precision": "fp32", "evaluate_every": 5}
+    else:
+        shape = tuple(f"{name}={value}" for name, value in _shape(config).items())
+        settings |= {"recipe": "digits", "student": _STUDENT, "student_args": shape, "evaluate_every": 4}
+    if row == "regression":
+        settings |= asdict(find_recipe(DISTILLATION, "regression", _STUDENT).objectives)
+    data = "builtin:digits-train"
+    return distill(DistillConfig(teacher=str(teacher), data=data, out=str(out / row), seed=config.seed, **settings))
 
 
 def _finetune(model: str, out: Path, config: QuickstartConfig, **settings: Any) -> Path:
@@ -206,13 +223,25 @@ def _judge(model: nn.Module, *, draws: int) -> dict[str, float]:
     return values
 
 
+@torch.no_grad()
+def _fidelity(model: nn.Module, teacher: Teacher) -> dict[str, float]:
+    """How well the teacher's final tokens can be read from a student's, on the test digits."""
+    test = _loader("test")
+    meter = FidelityMeter(len(test.dataset))  # type: ignore[arg-type]  # it has a length
+    for batch in test:
+        meter.update(extract_features(model, batch["images"]), teacher.features(batch["images"]))
+    return {"final_cosine": meter.scores()["final_cosine"]}
+
+
 def _table(results: dict[str, dict[str, float]]) -> Table:
     table = Table(title="held-out digits, accuracy in %")
     table.add_column("frozen features")
-    for heading in (*_COLUMNS.values(), "training"):
+    for heading in (*_COLUMNS.values(), "fidelity", "training"):
         table.add_column(heading, justify="right")
     for row in _ROWS:
-        table.add_row(row, *_cells(results[row], _COLUMNS), f"{results[row]['train_seconds']:.0f} s")
+        values = results[row]
+        fidelity = f"{values['final_cosine']:.3f}" if "final_cosine" in values else "-"
+        table.add_row(row, *_cells(values, _COLUMNS), fidelity, f"{values['train_seconds']:.0f} s")
     return table
 
 
@@ -231,16 +260,17 @@ def _cells(values: Mapping[str, float], columns: Mapping[str, str]) -> list[str]
 
 
 def _in_words(results: dict[str, dict[str, float]]) -> str:
-    """The table in one line, whatever it says."""
-    distilled, teacher, untrained, regression = (results[row] for row in ("distilled", "teacher", "untrained", "regression"))
+    """The table in two lines, whatever it says."""
 
-    def against(other: dict[str, float]) -> str:
-        knn, few = (distilled[name] - other[name] for name in ("knn", "few_shot"))
+    def against(row: str, other: str) -> str:
+        knn, few = (results[row][name] - results[other][name] for name in ("knn", "few_shot"))
         return f"{knn:+.1f} kNN and {few:+.1f} with 5 labels"
 
     return (
-        f"The distilled student, which saw no label, stands at {against(teacher)} against its teacher, {against(untrained)} "
-        f"against itself untrained, and {against(regression)} against plain feature regression."
+        f"The distilled student, which saw no label, stands at {against('distilled', 'teacher')} against its teacher, "
+        f"{against('distilled', 'untrained')} against itself untrained, and {against('distilled', 'regression')} against "
+        f"plain feature regression.\nThe teacher with linear attention stands at {against('adala', 'teacher')} against "
+        f"what it was, and its old head at {results['adala']['top1'] - results['teacher']['top1']:+.1f} top-1."
     )
 
 
@@ -255,9 +285,13 @@ def _tuning_in_words(results: dict[str, dict[str, float]]) -> str:
 
 
 def _speed_in_words(rows: Sequence[Mapping[str, Any]]) -> str:
-    """How the student stands to its teacher at the smallest and the largest size, whatever that is."""
-    said = []
-    for row in [row for row in rows if row.get("speedup")][:: max(1, len(_LARGER_SIZES) - 1)]:
-        (speedup,), (memory,) = row["speedup"].values(), row["memory_ratio"].values()
-        said.append(f"{speedup:.2f} times as fast with {memory:.2f} times the memory at {row['tokens']} tokens")
-    return f"On this machine it is {', '.join(said)} (benchmark.png)."
+    """How both students stand to the teacher at the smallest and the largest size, whatever that is."""
+    compared = [row for row in rows if row.get("speedup")]
+    lines = []
+    for model in dict.fromkeys(row["model"] for row in compared):
+        said = []
+        for row in [row for row in compared if row["model"] == model][:: max(1, len(_LARGER_SIZES) - 1)]:
+            (speedup,), (memory,) = row["speedup"].values(), row["memory_ratio"].values()
+            said.append(f"{speedup:.2f} times as fast with {memory:.2f} times the memory at {row['tokens']} tokens")
+        lines.append(f"On this machine {Path(model).name} is {', '.join(said)} (benchmark.png).")
+    return "\n".join(lines)

@@ -57,6 +57,11 @@ def resolved_data(data: str) -> str:
     return data if data.startswith("builtin:") else str(Path(data).resolve())
 
 
+def architecture_name(model: Any) -> str:
+    """The timm name whose size decides what a recipe says; of a linear ViT, that of the ViT it was made of."""
+    return getattr(model, "_model_args", {}).get("base") or model.pretrained_cfg["architecture"]
+
+
 def probe_model(config: TunedModelFlags) -> nn.Module:
     """The model that is to be trained, without weights or memory, to ask for sizes and to refuse it early.
 

@@ -33,6 +33,7 @@ from ..training.run_folder import RunFolder
 from .arguments import parse_size
 from .resolution import (
     apply_flags,
+    architecture_name,
     fit_to_images,
     open_at_size,
     probe_model,
@@ -103,7 +104,7 @@ def segment(config: SegmentConfig) -> Path:
     probe: Any = probe_model(config)
     tap_blocks(len(probe.feature_info))
     name = config.recipe or f"segment_{config.dataset}"
-    table = find_recipe(SEGMENTATION, name, probe.pretrained_cfg["architecture"])
+    table = find_recipe(SEGMENTATION, name, architecture_name(probe))
     crop = parse_size("--crop", config.crop) or table.objectives.crop or nominal_size(probe)
     parsed: dict[str, Any] = {"crop": crop, "stride": parse_size("--stride", config.stride)}
     apply_flags(table, config, **parsed)  # refuses what cannot be, before anything is read

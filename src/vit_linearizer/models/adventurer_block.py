@@ -17,7 +17,7 @@ from timm.layers import DropPath
 from torch import Tensor
 
 from ..ops import Implementation, add_from_reading_order, to_reading_order
-from .long_sequences import block_in_parts, class_token_core_in_parts, goes_in_parts
+from .long_sequences import block_goes_in_parts, block_in_parts, class_token_core_in_parts
 from .mamba2 import Mamba2, RMSNorm
 from .swiglu import SwiGLU
 
@@ -70,7 +70,7 @@ class AdventurerBlock(nn.Module):
         if torch.jit.is_scripting():
             return self.in_one_go(x, class_token_alone)
         else:
-            if not goes_in_parts(self, x):
+            if not block_goes_in_parts(self, x):
                 return self.in_one_go(x, class_token_alone)
             if not class_token_alone:
                 return block_in_parts(self, x)

@@ -7,6 +7,7 @@ else that they do is done as they do it: norms of q and k, rotary positions befo
 the output.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,7 +20,8 @@ from torch import Tensor
 
 from ..contracts import UserError
 from ..ops import linear_attention
-from ..ops.linear_attention import LEARNABLE, check_feature_map
+from ..ops.linear_attention import LEARNABLE, attention_read, attention_sums, check_feature_map
+from .parts import goes_in_parts, segments
 
 #: timm's attention modules that can be made linear; of a subclass nothing is known.
 KNOWN = (Attention, AttentionRope, EvaAttention)
@@ -141,36 +143,69 @@ class LinearAttention(nn.Module):
         _refuse_masks(attn_mask, is_causal)
         if rope is not None and not self.takes_rope:
             raise UserError("rope", "given", "this attention has no rotary positions; leave it out")
-        gate = self.gate(x).sigmoid() if self.gate is not None else None
-        q, k, v = self._project(x)
-        q, k = self.q_norm(q), self.k_norm(k)
-        if rope is not None:
-            q, k = (self._rotate(t, rope).type_as(v) for t in (q, k))
-        if self.num_kv_groups > 1:
-            k, v = (t.repeat_interleave(self.num_kv_groups, dim=1) for t in (k, v))
-        y = linear_attention(q, k, v, self.feature_map, self.q_map, self.k_map)
+        if type(self.qkv) not in (type(None), nn.Linear) or not goes_in_parts(self, x):
+            q, k, v = self._project(x, rope, "qkv")
+            return self._behind(x, linear_attention(q, k, v, self.feature_map, self.q_map, self.k_map))
+        kv: Any = 0.0
+        total: Any = 0.0
+        for start, stop in segments(x.shape[1]):
+            k, v = self._project(x[:, start:stop], rope, "kv", start)
+            kv_part, total_part = attention_sums(k, v, self.feature_map, self.k_map)
+            kv, total = kv + kv_part.to(total_part.dtype), total + total_part
+        out = torch.empty_like(x)
+        for start, stop in segments(x.shape[1]):
+            (q,) = self._project(x[:, start:stop], rope, "q", start)
+            read = attention_read(q, kv, total, self.feature_map, self.q_map).to(x.dtype)
+            out[:, start:stop] = self._behind(x[:, start:stop], read)
+        return out
+
+    def _behind(self, x: Tensor, y: Tensor) -> Tensor:
+        """From what the heads ``[B, heads, N, d]`` read for the tokens ``x`` to the output."""
         y = self.norm(y.transpose(1, 2).flatten(2))
-        if gate is not None:
-            y = y * gate
+        if self.gate is not None:
+            y = y * self.gate(x).sigmoid()
         return self.proj_drop(self.proj(y))
 
-    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values, ``[B, heads, N, d]`` each (keys and values of a group of heads once)."""
-        if self.qkv is None:
-            q, k, v = (layer(x).unflatten(-1, (-1, self.head_dim)) for layer in (self.q_proj, self.k_proj, self.v_proj))
-            return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        if self.q_bias is None:
-            qkv = self.qkv(x)
-        else:
-            bias = torch.cat((self.q_bias, self.k_bias, self.v_bias))
-            # Two roundings or one, as the weights were trained.
-            qkv = self.qkv(x) + bias if self.qkv_bias_separate else F.linear(x, self.qkv.weight, bias)
-        q, k, v = qkv.unflatten(-1, (3, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4).unbind(0)
-        return q, k, v
+    def _project(self, x: Tensor, rope: Tensor | None, names: str, start: int = 0) -> list[Tensor]:
+        """Queries (q), keys (k) and values (v) as named, ``[B, heads, N, d]`` each, of the tokens from ``start`` on."""
+        plain, found = self._project_plainly(x, names), []
+        for number, name in enumerate(names):  # a graph of FX can be asked for its parts, but not how many there are
+            heads = plain[number]
+            dtype = heads.dtype
+            if name != "v":
+                heads = self.q_norm(heads) if name == "q" else self.k_norm(heads)
+                heads = heads if rope is None else self._rotate(heads, rope, start).to(dtype)
+            if name != "q" and self.num_kv_groups > 1:
+                heads = heads.repeat_interleave(self.num_kv_groups, dim=1)
+            found.append(heads)
+        return found
 
-    def _rotate(self, x: Tensor, rope: Tensor) -> Tensor:
-        prefix, patches = x[:, :, : self.num_prefix_tokens], x[:, :, self.num_prefix_tokens :]
-        return torch.cat([prefix, apply_rot_embed_cat(patches, rope, half=self.rotate_half)], dim=2)
+    def _project_plainly(self, x: Tensor, names: str) -> Sequence[Tensor]:
+        """The same before norms and rotation, keys and values of a group of heads once."""
+        if self.qkv is None:
+            layers = {"q": self.q_proj, "k": self.k_proj, "v": self.v_proj}
+            return [layers[name](x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for name in names]
+        bias = None if self.q_bias is None else torch.cat((self.q_bias, self.k_bias, self.v_bias))
+        if names != "qkv":  # in parts, so the layer is a plain one
+            width = self.num_heads * self.head_dim
+            rows = slice("qkv".index(names[0]) * width, ("qkv".index(names[-1]) + 1) * width)
+            bias = self.qkv.bias if bias is None else bias
+            projected = F.linear(x, self.qkv.weight[rows], None if bias is None else bias[rows])
+        elif bias is None:
+            projected = self.qkv(x)
+        else:  # two roundings or one, as the weights were trained
+            projected = self.qkv(x) + bias if self.qkv_bias_separate else F.linear(x, self.qkv.weight, bias)
+        return projected.unflatten(-1, (len(names), self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4).unbind(0)
+
+    def _rotate(self, x: Tensor, rope: Tensor, start: int) -> Tensor:
+        """Turn all but the prefix; the first token of ``x`` is number ``start`` of the sequence."""
+        before = max(0, self.num_prefix_tokens - start)
+        first = max(0, start - self.num_prefix_tokens)
+        prefix, patches = x[:, :, :before], x[:, :, before:]
+        positions = (
+            rope if first == 0 and rope.shape[-2] == patches.shape[2] else rope[..., first : first + patches.shape[2], :]
+        )
+        return torch.cat([prefix, apply_rot_embed_cat(patches, positions, half=self.rotate_half)], dim=2)
 
     def extra_repr(self) -> str:
         return f"feature_map={self.feature_map}"

@@ -11,11 +11,13 @@ import copy
 from typing import Any
 
 import torch.nn as nn
+from timm.models import list_pretrained
 from timm.models._input import update_model_args
 
 from ..contracts import UserError
 from ..ops.linear_attention import check_feature_map
 from .linear_attention import KNOWN, LinearAttention
+from .mlp_in_parts import let_mlp_go_in_parts
 
 #: The timm name under which a converted model is rebuilt (`linear_vit_sizes`).
 GENERIC = "linear_vit"
@@ -42,10 +44,17 @@ def linearize(model: nn.Module, *, feature_map: str = "elu", keep_softmax_blocks
     replace_attention(linear, feature_map=feature_map, keep_softmax_blocks=keep_softmax_blocks)
     cfg = getattr(linear, "pretrained_cfg", None)
     if cfg:
-        base = ".".join(part for part in (cfg["architecture"], cfg.get("tag")) if part)
+        base = ".".join(part for part in (cfg["architecture"], _known_tag(cfg)) if part)
         linear.pretrained_cfg = linear.default_cfg = {**without_weights(cfg), "architecture": GENERIC}
         update_model_args(linear, base=base, feature_map=feature_map, keep_softmax_blocks=keep_softmax_blocks)
     return linear
+
+
+def _known_tag(cfg: dict[str, Any]) -> str | None:
+    """The tag of a model's weights where timm knows it; a folder may bring one of its own."""
+    tag = cfg.get("tag") or ""
+    known = (name.partition(".")[2] for name in list_pretrained(f"{cfg['architecture']}.*"))
+    return tag if tag in known else None
 
 
 def linear_blocks(model: nn.Module) -> list[tuple[int, LinearAttention]]:
@@ -82,6 +91,7 @@ def replace_attention(model: nn.Module, *, feature_map: str, keep_softmax_blocks
             raise UserError("model", name, f"{there.__module__}.{there.__qualname__} of block {number} {remedy}")
     for block in blocks[: len(blocks) - keep_softmax_blocks]:
         block.attn = LinearAttention(block.attn, feature_map)
+        let_mlp_go_in_parts(block.mlp)
 
 
 def without_weights(cfg: dict[str, Any]) -> dict[str, Any]:

@@ -6,46 +6,23 @@ hands the state of its scan from one to the next.
 """
 
 import collections
-import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-import torch.fx
 from torch import Tensor
 
 from ..ops import silu_mul
 from .linear import prepared
 from .mamba2 import Mamba2
+from .parts import SEGMENT, goes_in_parts, segments
 from .swiglu import SwiGLU
-from .watching import all_are_watched, is_watched
-
-#: Tokens of a part: few enough for the cache, many enough that reading all weights for them is nothing.
-SEGMENT = 1024
 
 
-def goes_in_parts(block: Any, x: Tensor) -> bool:
-    """Whether the functions below may take ``[B, L, D]``, and pay. Somebody who hooks into a block wants it in one go."""
-    return (
-        not isinstance(x, torch.fx.Proxy)
-        and x.shape[1] > SEGMENT * 3 // 2
-        and x.device.type == "cpu"
-        and not (torch.is_grad_enabled() or block.training)
-        and not (torch.compiler.is_compiling() or torch.jit.is_tracing())
-        and not (torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.float16)
-        and type(block.mixer) is Mamba2
-        and type(block.mlp) is SwiGLU
-        and block.mixer.carries_states(x)
-        and not all_are_watched()
-        and not any(is_watched(module) for module in block.children())
-    )
-
-
-def segments(length: int) -> list[tuple[int, int]]:
-    """Start and stop of parts of nearly equal length, about `SEGMENT` each."""
-    count = max(1, round(length / SEGMENT))
-    bounds = [length * k // count for k in range(count + 1)]
-    return list(itertools.pairwise(bounds))
+def block_goes_in_parts(block: Any, x: Tensor) -> bool:
+    """Whether the functions below may take ``[B, L, D]``, and pay."""
+    known = type(block.mixer) is Mamba2 and type(block.mlp) is SwiGLU
+    return goes_in_parts(block, x) and known and block.mixer.carries_states(x)
 
 
 def block_in_parts(block: Any, x: Tensor) -> Tensor:

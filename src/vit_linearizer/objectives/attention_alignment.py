@@ -26,10 +26,19 @@ def attention_alignment(student: Sequence[Tensor], teacher: Sequence[Tensor]) ->
     return torch.stack([F.mse_loss(*_exact(pair)) for pair in zip(student, teacher, strict=True)]).mean()
 
 
-def attention_errors(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> list[Tensor]:
-    """The mean squared error of each block over the mean square of what is to be answered: 0 for equal, 1 for silence."""
+def attention_errors(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
+    """For each block the mean squared error, and the mean square of what is to be answered.
+
+    Args:
+        student: as in `attention_alignment`.
+        teacher: as there.
+
+    Returns:
+        ``[2, blocks]`` in float64.
+    """
     pairs = [_exact(pair) for pair in zip(student, teacher, strict=True)]
-    return [F.mse_loss(own, wanted) / wanted.square().mean().clamp(min=1e-12) for own, wanted in pairs]
+    both = [(F.mse_loss(own, wanted), wanted.square().mean()) for own, wanted in pairs]
+    return torch.stack([torch.stack(values).double() for values in both], dim=1)
 
 
 def _exact(pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,7 @@
 Source: ViT-AdaLA (arXiv 2603.16063), stage 2: the mean squared error between final features removes what the errors of
 single blocks add up to. Student and teacher are one architecture, so nothing is projected: what reads the teacher's features
 can read the student's. Choices, since the paper is silent: features after the final norm, of all patches and of the class
-token, each token with equal weight.
+token, each token with equal weight. Other prefix tokens (registers, a distillation token) are free.
 """
 
 import torch

@@ -35,10 +35,6 @@ FeatureMap = Literal["elu", "relu", "hedgehog"]
 #: Feature maps with parameters.
 LEARNABLE = ("hedgehog",)
 
-#: Tokens of a part where nothing as long as the sequence is to be held: what is made of so many, with all heads of a ViT-B,
-#: stays near the cache. Few parts do not pay.
-_PART = 512
-
 _SMALLEST = 1e-30
 
 
@@ -76,49 +72,52 @@ def linear_attention(
     Raises:
         UserError: unknown feature map, or a learnable one without its parameters.
     """
+    check_maps(feature_map, q_map, k_map)
+    return attention_read(q, *attention_sums(k, v, feature_map, k_map), feature_map, q_map).to(v.dtype)
+
+
+def check_maps(feature_map: str, q_map: Tensor | None, k_map: Tensor | None) -> None:
+    """Raise a `UserError` for an unknown feature map, or a learnable one without its parameters."""
     check_feature_map(feature_map)
     if feature_map in LEARNABLE and (q_map is None or k_map is None):
         raise UserError("feature_map", feature_map, "needs q_map and k_map, [heads, d, d] each")
-    with _without_autocast(q.device):
-        if _goes_in_parts(q, k, v, q_map, k_map):
-            return _in_parts(q, k, v, feature_map, q_map, k_map)
+
+
+def attention_sums(k: Tensor, v: Tensor, feature_map: str, k_map: Tensor | None) -> tuple[Tensor, Tensor]:
+    """S and z of some tokens: all that queries need to know of them. Those of all tokens are the sums of their parts'.
+
+    Args:
+        k: ``[B, heads, N, d]``, not yet scaled.
+        v: ``[B, heads, N, e]``.
+        feature_map: as in `linear_attention`.
+        k_map: as there.
+
+    Returns:
+        S ``[B, heads, features, e]`` in the dtype of the products, and z ``[B, heads, features, 1]`` in fp32 or better.
+    """
+    with _without_autocast(k.device):
         phi_k = _features(k, feature_map, k_map)
-        kv, total = _sums(phi_k, v)
-        return _read(_features(q, feature_map, q_map), kv.to(phi_k.dtype), total).to(v.dtype)
+        exact = torch.promote_types(phi_k.dtype, torch.float32)
+        return phi_k.mT @ v.to(phi_k.dtype), phi_k.sum(-2, dtype=exact).unsqueeze(-1)
 
 
-def _sums(phi_k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """S ``[B, heads, features, e]`` in the dtype of the products, and z ``[B, heads, features, 1]`` in fp32 or better."""
-    exact = torch.promote_types(phi_k.dtype, torch.float32)
-    return phi_k.mT @ v.to(phi_k.dtype), phi_k.sum(-2, dtype=exact).unsqueeze(-1)
+def attention_read(q: Tensor, kv: Tensor, total: Tensor, feature_map: str, q_map: Tensor | None) -> Tensor:
+    """What each query reads of the tokens in the sums; dividing the features, not the outputs, loses fewer bfloat16 digits.
 
+    Args:
+        q: ``[B, heads, M, d]``, not yet scaled.
+        kv: S of `attention_sums`, in any dtype.
+        total: z of `attention_sums`.
+        feature_map: as in `linear_attention`.
+        q_map: as there.
 
-def _read(phi_q: Tensor, kv: Tensor, total: Tensor) -> Tensor:
-    """What each query reads. Dividing the features, not the outputs, loses fewer digits in bfloat16."""
-    normaliser = (phi_q @ total.to(phi_q.dtype)).clamp(min=_SMALLEST)
-    return (phi_q / normaliser) @ kv
-
-
-def _goes_in_parts(q: Tensor, k: Tensor, *others: Tensor | None) -> bool:
-    if recording() or q.device.type != "cpu" or max(q.shape[-2], k.shape[-2]) <= 4 * _PART:
-        return False
-    kept = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (q, k, *others))
-    return not (kept or transformed(q, k, *others))
-
-
-def _in_parts(q: Tensor, k: Tensor, v: Tensor, feature_map: str, q_map: Tensor | None, k_map: Tensor | None) -> Tensor:
-    """The same over parts of the tokens, which stay in the cache from one operator to the next; sums add up in fp32."""
-    kv: Any = 0.0
-    total: Any = 0.0
-    for k_part, v_part in zip(k.split(_PART, -2), v.split(_PART, -2), strict=True):
-        kv_part, total_part = _sums(_features(k_part, feature_map, k_map), v_part)
-        kv, total = kv + kv_part.to(total_part.dtype), total + total_part
-    # Tokens before heads in memory, as the layers around want it.
-    out = v.new_empty(v.shape[0], q.shape[2], v.shape[1], v.shape[3]).transpose(1, 2)
-    for q_part, out_part in zip(q.split(_PART, -2), out.split(_PART, -2), strict=True):
-        phi_q = _features(q_part, feature_map, q_map)
-        out_part.copy_(_read(phi_q, kv.to(phi_q.dtype), total))
-    return out
+    Returns:
+        ``[B, heads, M, e]`` in the dtype of the products.
+    """
+    with _without_autocast(q.device):
+        phi_q = _features(q, feature_map, q_map)
+        normaliser = (phi_q @ total.to(phi_q.dtype)).clamp(min=_SMALLEST)
+        return (phi_q / normaliser) @ kv.to(phi_q.dtype)
 
 
 def _features(x: Tensor, name: str, weight: Tensor | None) -> Tensor:

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from ..contracts import LossOutput, UserError
 from ..data.datasets import to_device
 from ..evaluation import StudentMeter
-from ..models.adapters import extract_features
+from ..models.adapters import extract_features, stage_ends
 from ..models.attention_calls import AttentionCall, recorded_attention
 from ..models.linear_vit import linear_blocks
 from ..models.teacher import Teacher
@@ -29,11 +29,12 @@ class AttentionAlignment(Task):
         stages: number of stages whose agreement is measured.
 
     Raises:
-        UserError: no block of the student has linear attention.
+        UserError: no block of the student has linear attention, or more stages than blocks.
     """
 
     def __init__(self, student: nn.Module, teacher: Teacher, *, stages: int):
         super().__init__()
+        stage_ends(len(student.feature_info), stages)  # type: ignore[arg-type]  # refuses too many
         self.student = student
         self.teacher = teacher
         self.stages = stages
@@ -67,12 +68,13 @@ class AttentionAlignment(Task):
         """How near each attention is to the one that it replaces, and the student as a whole to the teacher.
 
         Returns:
-            ``loss``; ``attention_error_block1..N`` (see `objectives.attention_errors`, blocks counted from 1, of those
-            that are linear); and what `StudentMeter` says.
+            ``loss``; ``attention_error_block1..N``, the mean squared error of each linear block (counted from 1) over the
+            mean square of what it should answer: 0 for equal, 1 for silence; and what `StudentMeter` says.
         """
         self.eval()
         meter = StudentMeter(len(held_out.dataset))  # type: ignore[arg-type]  # it has a length
         numbers = [number for number, _ in self._blocks]
+        errors = torch.zeros(2, len(numbers), dtype=torch.float64)
         for batch in held_out:
             batch = to_device(batch, device)
             with recorded_attention(self.teacher.model, numbers) as calls:
@@ -80,9 +82,10 @@ class AttentionAlignment(Task):
             student = extract_features(self.student, batch["images"], stages=self.stages)
             answers, wanted = self._answers(calls), [call.output for call in calls]
             losses = {"loss": attention_alignment(answers, wanted)}
-            for number, error in zip(numbers, attention_errors(answers, wanted), strict=True):
-                losses[f"attention_error_block{number + 1}"] = error
+            errors += len(batch["images"]) * attention_errors(answers, wanted).cpu()
             meter.update(losses, student, teacher, batch.get("labels"))
         scores = meter.scores(self.student, bank, device)
+        relative = errors[0] / errors[1].clamp(min=1e-12)
+        scores |= {f"attention_error_block{number + 1}": float(e) for number, e in zip(numbers, relative, strict=True)}
         self.train()
         return scores

@@ -47,8 +47,8 @@ class DistillationConfig:
         masked_prediction_target: what of the teacher is predicted.
         feature_regression_weight: factor on the plain regression of the final tokens; 0 leaves it out.
         feature_regression_target: what of the teacher is regressed.
-        feature_alignment_weight: factor on the error of the final features as they are; 0 leaves it out. Needs a student
-            of the teacher's width.
+        feature_alignment_weight: factor on the error of the final features as they are, at every position, hidden or
+            not; 0 leaves it out. Needs a student of the teacher's width.
     """
 
     stages: int = 4
@@ -138,6 +138,9 @@ class Distillation(Task):
     def begin(self, device: torch.device) -> None:
         self.teacher.to(device)
         train_only(self, self._trained)
+        for module in self.student.modules():  # what timm does to rotary positions in training, the teacher cannot know
+            if hasattr(module, "aug_active"):
+                setattr(module, "aug_active", False)  # noqa: B010  # no tensor, so no module's own attribute
 
     def compile_blocks(self) -> None:
         compile_each_block(self.student)

@@ -90,6 +90,7 @@ class Checkpoint:
         try:
             set_model_state_dict(model, self._content["model"], options=_FULL)
             set_optimizer_state_dict(model, optimizer, self._content["optimizer"], options=_OPTIMIZER)
+            self._content = {}  # three times the weights; this object lives as long as the run
         except Exception as error:  # and for foreign tensors
             raise self._unreadable(error) from error
 

@@ -71,6 +71,7 @@ def train(
     """
     images = len(data.training)  # type: ignore[arg-type]  # it has a length
     last = run.checkpoints / "last.pt"
+    accelerator.wait_for_everyone()  # until the first process has removed what is not to be gone on with
     checkpoint = Checkpoint(last) if last.exists() else None
     resumed = checkpoint.progress if checkpoint is not None else Progress(step=-1)
     run.cut_metrics(resumed.step, [stage.name for stage in stages[: resumed.stage + 1]])

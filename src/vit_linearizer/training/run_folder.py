@@ -112,7 +112,7 @@ class RunFolder:
         for text in self.metrics_file.read_text().splitlines():
             with contextlib.suppress(ValueError):
                 line = json.loads(text)
-                if line["step"] <= step and line["stage"] in stages:
+                if line["step"] <= step and line.get("stage", stages[0]) in stages:  # old runs had one stage, unnamed
                     kept.append(text + "\n")
         write_atomically(self.metrics_file, "".join(kept))
 
@@ -167,7 +167,7 @@ class MetricsWriter:
         self.file.flush()
         if self.board is not None:
             for name, value in values.items():
-                self.board.add_scalar(f"{split}/{name}", value, step)
+                self.board.add_scalar(f"{self.stage}/{split}/{name}".replace(" ", "-"), value, step)
 
     def close(self) -> None:
         if self.file is not None:
