@@ -17,7 +17,7 @@ from figures import show
 from torch.utils.data import DataLoader
 
 from vit_linearizer import DistillConfig, distill, load
-from vit_linearizer.data.datasets import CentreSet, centre_loader
+from vit_linearizer.data.datasets import CentreSet, centre_loader, to_device
 from vit_linearizer.data.sources import DigitsSource
 from vit_linearizer.evaluation import class_scores, collect_features, few_shot_accuracy, knn_accuracy
 from vit_linearizer.models.adapters import extract_features
@@ -42,7 +42,7 @@ def judge(student: Any, teacher: Teacher) -> dict[str, float]:
     blocks = linear_blocks(student)
     attention, features, seen = 0.0, 0.0, 0
     for batch in test:
-        images = batch["images"]
+        images = to_device(batch, CPU)["images"]
         with recorded_attention(teacher.model, [number for number, _ in blocks]) as calls:
             wanted = teacher.features(images)
         answers = [call.ask(block) for call, (_, block) in zip(calls, blocks, strict=True)]
@@ -82,8 +82,8 @@ def main() -> None:
                     attention_epochs=attention,
                     feature_epochs=feature,
                     seed=seed,
-                    precision="fp32",
-                    evaluate_every=5,
+                    precision="bf16",
+                    evaluate_every=4,
                 )
             )
             found[name].append(judge(load(run), teacher))
@@ -115,7 +115,7 @@ if __name__ == "__main__":
     parser.add_argument("--runs", required=True, help="folder for the runs")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--attention-epochs", type=int, default=4)
-    parser.add_argument("--feature-epochs", type=int, default=8)
+    parser.add_argument("--feature-epochs", type=int, default=12)
     parser.add_argument("--out", help="file for write_docs.py")
     ARGUMENTS = parser.parse_args()
     main()

@@ -23,11 +23,18 @@ def time_in_turn(cases: Mapping[str, Callable[[], object]], repeats: int, *, war
     return seconds
 
 
-def show(title: str, command: str, rows: Sequence[Mapping[str, Any]], out: str | None) -> None:
+def show(
+    title: str,
+    command: str,
+    rows: Sequence[Mapping[str, Any]],
+    out: str | None,
+    *,
+    device: str = "cpu",
+) -> None:
     """Print the rows and, where a file is given, write them for write_docs.py."""
     print(title)
     for row in rows:
         print("  ".join(f"{key} {value}" for key, value in row.items()))
     if out:
-        content = {"title": title, "command": command, "machine": describe_machine(torch.device("cpu")), "rows": list(rows)}
+        content = {"title": title, "command": command, "machine": describe_machine(torch.device(device)), "rows": list(rows)}
         Path(out).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -5,6 +5,7 @@ A route knows sizes, stages and models; everything else about a distillation (`d
 
 import dataclasses
 import logging
+import math
 from typing import Any, Protocol
 
 import timm
@@ -146,6 +147,15 @@ class AdaptationRoute:
         table = find_recipe(ADAPTATION, config.recipe, architecture_name(probe))
         given = {name: getattr(config, name) for name in ("feature_map", "keep_softmax_blocks")}
         table = dataclasses.replace(table, **{name: value for name, value in given.items() if value is not None})
+        for flag in ("attention_epochs", "feature_epochs", "keep_softmax_blocks"):
+            if (getattr(config, flag) or 0) < 0:
+                raise UserError(f"--{flag.replace('_', '-')}", getattr(config, flag), "must be 0 or more")
+        for flag in ("attention_learning_rate", "feature_learning_rate"):
+            if not (getattr(config, flag) is None or 0 < getattr(config, flag) < math.inf):
+                raise UserError(f"--{flag.replace('_', '-')}", getattr(config, flag), "must be above 0")
+        if table.keep_softmax_blocks >= len(probe.feature_info):
+            remedy = f"leaves none of the teacher's {len(probe.feature_info)} blocks to make linear; keep fewer"
+            raise UserError("--keep-softmax-blocks", table.keep_softmax_blocks, remedy)
         self._stages: dict[str, tuple[StageRecipe, DistillConfig]] = {}
         for name, recipe, epochs, learning_rate in (
             ("attention alignment", table.attention, config.attention_epochs, config.attention_learning_rate),

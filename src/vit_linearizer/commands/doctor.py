@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..ops import choose_mixer, native
+from ..ops import choose_mixer, gpu, native
 from ..training.machine import choose_precision
 from ..training.progress import show_messages
 
@@ -63,6 +63,8 @@ def doctor(config: DoctorConfig) -> dict[str, str]:  # noqa: ARG001  # every com
     if device.type == "cpu":
         native.status(retry=True)  # whoever runs this may just have mended what was wrong
     name, reason = choose_mixer(device)
+    if device.type != "cuda":
+        findings["triton"] = "{}: {}".format("yes" if gpu.status()[0] else "no", gpu.status()[1])
     findings["scan"] = f"{name}: {reason}" + (f", {native.status()[1]}" if name == "native" else "")
     for module, (extra, purpose) in _OPTIONAL.items():
         if importlib.util.find_spec(module):

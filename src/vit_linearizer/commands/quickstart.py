@@ -21,7 +21,7 @@ import torch.nn as nn
 from rich.table import Table
 from torch.utils.data import DataLoader
 
-from ..data.datasets import CentreSet, centre_loader
+from ..data.datasets import CentreSet, centre_loader, to_device
 from ..data.sources import DigitsSource
 from ..evaluation import (
     FidelityMeter,
@@ -171,7 +171,7 @@ def _distill(row: str, teacher: Path, out: Path, config: QuickstartConfig) -> Pa
     """One of the `_DISTILLED` rows."""
     settings: dict[str, Any] = {"epochs": 1} if config.smoke else {}
     if row == "adala":
-        settings |= {"recipe": "adala_digits", "precision": "fp32", "evaluate_every": 5}
+        settings |= {"recipe": "adala_digits", "evaluate_every": 4}
     else:
         shape = tuple(f"{name}={value}" for name, value in _shape(config).items())
         settings |= {"recipe": "digits", "student": _STUDENT, "student_args": shape, "evaluate_every": 4}
@@ -229,7 +229,8 @@ def _fidelity(model: nn.Module, teacher: Teacher) -> dict[str, float]:
     test = _loader("test")
     meter = FidelityMeter(len(test.dataset))  # type: ignore[arg-type]  # it has a length
     for batch in test:
-        meter.update(extract_features(model, batch["images"]), teacher.features(batch["images"]))
+        images = to_device(batch, torch.device("cpu"))["images"]
+        meter.update(extract_features(model, images), teacher.features(images))
     return {"final_cosine": meter.scores()["final_cosine"]}
 
 

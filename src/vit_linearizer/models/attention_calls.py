@@ -1,7 +1,7 @@
 """What the attention of chosen blocks is asked and what it answers, recorded while a ViT runs."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,9 +42,7 @@ def recorded_attention(model: nn.Module, blocks: Sequence[int]) -> Iterator[list
         calls.append(AttentionCall(args=args, kwargs=kwargs, output=output))
 
     modules: Any = model.blocks
-    handles = [modules[number].attn.register_forward_hook(record, with_kwargs=True) for number in blocks]
-    try:
+    with ExitStack() as hooks:
+        for number in blocks:
+            hooks.callback(modules[number].attn.register_forward_hook(record, with_kwargs=True).remove)
         yield calls
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -1,8 +1,8 @@
 """Pure functions on tensors, and the only place that chooses between their implementations.
 
 The plain ones run on any device, forward and backward, and are what programs that leave PyTorch hold; `native` ones take
-over on a CPU. All but the products of matrices are leaves for FX (timm's ``register_notrace_function``):
-a graph shows them as single calls, whatever runs inside.
+over on a CPU, those of `gpu` on a CUDA device. All but the products of matrices are leaves for FX (timm's
+``register_notrace_function``): a graph shows them as single calls, whatever runs inside.
 """
 
 from typing import Literal, get_args
@@ -13,7 +13,7 @@ from timm.layers import register_notrace_function
 from torch import Tensor
 
 from ..contracts import UserError, did_you_mean
-from . import mixer, native, norm, onednn, reading_order
+from . import gpu, mixer, native, norm, onednn, reading_order
 from .causal_conv import causal_conv_silu
 from .linear_attention import linear_attention
 from .position_embedding import resample_position_embedding
@@ -21,7 +21,7 @@ from .recording import exporting, recording, transformed
 from .ssd_chunked import ssd_chunked, ssd_plain
 from .ssd_reference import ssd_reference
 
-Implementation = Literal["auto", "reference", "chunked", "native"]
+Implementation = Literal["auto", "reference", "chunked", "native", "triton"]
 
 _SCANS = {"reference": ssd_reference, "chunked": ssd_chunked}
 
@@ -37,6 +37,9 @@ def choose_mixer(device: torch.device) -> tuple[str, str]:
         if there:
             return "native", "C++ built for this CPU"
         return "chunked", f"plain PyTorch; the native one is not here: {reason}"
+    if device.type == "cuda":
+        there, reason = gpu.status()
+        return ("triton", reason) if there else ("chunked", f"plain PyTorch; Triton's is not here: {reason}")
     return "chunked", f"plain PyTorch batched matrix products; runs on any device, here {device.type}"
 
 
@@ -49,6 +52,17 @@ def takes_native(implementation: str, x: Tensor) -> bool:
     if implementation == "native" and not native.available():
         raise UserError("implementation", "native", f"not here: {native.status()[1]}")
     return implementation in ("auto", "native") and native.serves(x)
+
+
+def takes_triton(implementation: str, x: Tensor) -> bool:
+    """Whether these activations go to Triton's operators.
+
+    Raises:
+        UserError: ``triton`` is asked for and not here.
+    """
+    if implementation == "triton" and not gpu.available():
+        raise UserError("implementation", "triton", f"not here: {gpu.status()[1]}")
+    return implementation in ("auto", "triton") and gpu.serves(x)
 
 
 @register_notrace_function
@@ -82,8 +96,8 @@ def mixer_core(
         eps: of the norm.
         state_dim: size of the state per channel.
         head_dim: channels of a head.
-        implementation: ``auto`` for `choose_mixer`'s choice, or one by name, see `Implementation`; ``native`` differs from
-            ``auto`` in that it must be there.
+        implementation: ``auto`` for `choose_mixer`'s choice, or one by name, see `Implementation`; ``native`` and ``triton``
+            differ from ``auto`` in that they must be there.
         state: natively and without gradients only, ``[batch, heads, state_dim, head_dim]`` fp32: the scan's state before
             the first token and, written in place, after the last.
         lead: likewise: so many first tokens are known to the convolution alone, and nothing comes out for them.
@@ -103,6 +117,9 @@ def mixer_core(
         native_fits = mixer_carries_states(zxbcdt, conv_weight, conv_bias, state_dim, head_dim, implementation)
         if native_fits and not transformed(*parameters):
             return native.mixer_core(zxbcdt, *parameters, eps, state=state, lead=lead)
+        triton_fits = gpu.fits_mixer(conv_weight, conv_bias, state_dim, head_dim) and takes_triton(implementation, zxbcdt)
+        if triton_fits and state is None and not lead and not transformed(*parameters):
+            return gpu.mixer_core(zxbcdt, *parameters, eps)
         if state is not None or lead:
             raise UserError("implementation", implementation, "carries no state from call to call: only native does")
         return _plain_mixer_core(zxbcdt, *parameters, eps, state_dim, head_dim, implementation)
@@ -134,7 +151,9 @@ def _plain_mixer_core(
     implementation: str,
 ) -> Tensor:
     z, x, dt, A, B, C = mixer.scan_inputs(zxbcdt, conv_weight, conv_bias, dt_bias, A_log, state_dim, head_dim)
-    y = ssd(x, dt, A, B, C, D.to(dt.dtype), implementation="auto" if implementation == "native" else implementation)
+    y = ssd(
+        x, dt, A, B, C, D.to(dt.dtype), implementation="auto" if implementation in ("native", "triton") else implementation
+    )
     return rms_norm(y.flatten(2), norm_weight, eps, z)
 
 
@@ -188,8 +207,11 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5, gate: Tensor | None =
     if torch.jit.is_scripting():
         return norm.rms_norm(x, weight, eps, gate)
     else:
-        if gate is None and native.serves_rows(x) and not transformed(weight):
-            return native.rms_norm(x, weight, eps)
+        if gate is None and not transformed(weight):
+            if native.serves_rows(x):
+                return native.rms_norm(x, weight, eps)
+            if gpu.serves_rows(x):
+                return gpu.rms_norm(x, weight, eps)
         return norm.rms_norm(x, weight, eps, gate)
 
 
@@ -201,6 +223,8 @@ def silu_mul(gate: Tensor, x: Tensor) -> Tensor:
     else:
         if gate.dtype == x.dtype and native.serves_rows(gate, x):
             return native.silu_mul(gate, x)
+        if gate.dtype == x.dtype and gpu.serves_rows(gate, x):
+            return gpu.silu_mul(gate, x)
         return F.silu(gate) * x
 
 
@@ -212,6 +236,8 @@ def to_reading_order(x: Tensor, flip: bool) -> Tensor:
     else:
         if native.serves_rows(x):
             return native.to_reading_order(x, flip)
+        if gpu.serves_rows(x):
+            return gpu.to_reading_order(x, flip)
         return reading_order.to_reading_order(x, flip)
 
 
@@ -223,6 +249,8 @@ def add_from_reading_order(x: Tensor, mixed: Tensor, flip: bool) -> Tensor:
     else:
         if native.serves_rows(x, mixed):
             return native.add_from_reading_order(x, mixed, flip)
+        if gpu.serves_rows(x, mixed):
+            return gpu.add_from_reading_order(x, mixed, flip)
         return reading_order.add_from_reading_order(x, mixed, flip)
 
 
@@ -246,6 +274,7 @@ __all__ = [
     "causal_conv_silu",
     "choose_mixer",
     "exporting",
+    "gpu",
     "linear",
     "linear_attention",
     "mixer_carries_states",
@@ -258,5 +287,6 @@ __all__ = [
     "ssd_chunked",
     "ssd_reference",
     "takes_native",
+    "takes_triton",
     "to_reading_order",
 ]

@@ -62,13 +62,13 @@ def adala_digits(_architecture: str = "") -> AdaptationRecipe:
         base,
         attention=replace(
             base.attention,
-            optimisation=small(base.attention.optimisation, 5, 3e-3),
+            optimisation=small(base.attention.optimisation, 4, 6e-3),
             views=views,
             scales_learning_rate=False,
         ),
         feature=replace(
             base.feature,
-            optimisation=small(base.feature.optimisation, 10, 1e-3),
+            optimisation=small(base.feature.optimisation, 12, 3e-3),
             views=views,
             scales_learning_rate=False,
         ),

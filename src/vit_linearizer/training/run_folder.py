@@ -83,13 +83,12 @@ class RunFolder:
             other = json.loads(file.read_text())
         except ValueError as error:
             raise UserError("--out", self.path, "its config.json cannot be read; use another folder") from error
+        here, there = _flat(self.config), _flat(other)
         different = sorted(
-            key
-            for key in self.config.keys() | other.keys()
-            if key not in NOT_COMPARED and self.config.get(key) != other.get(key)
+            key for key in here.keys() | there.keys() if key not in NOT_COMPARED and here.get(key) != there.get(key)
         )
         if different:
-            shown = ", ".join(f"{key} ({other.get(key)} there, {self.config.get(key)} here)" for key in different[:8])
+            shown = ", ".join(f"{key} ({there.get(key)} there, {here.get(key)} here)" for key in different[:8])
             raise UserError("--out", self.path, f"holds a run of another configuration: {shown}; use another folder")
 
     def _start_over(self) -> None:
@@ -174,6 +173,14 @@ class MetricsWriter:
             self.file.close()
         if self.board is not None:
             self.board.close()
+
+
+def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Values of a stage by the stage's name and their own."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        flat |= {f"{key} {name}": inner for name, inner in value.items()} if isinstance(value, dict) else {key: value}
+    return flat
 
 
 def write_atomically(file: Path, text: str) -> None:
