@@ -11,7 +11,7 @@ quickstart: $(VENV)/installed
 	$(BIN)/vit-linearizer quickstart --out $(OUT)
 
 test: $(VENV)/installed-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto
 
 check: $(VENV)/installed-dev
 	$(BIN)/ruff format --check .

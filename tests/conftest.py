@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 # Tiny tensors gain nothing from threads, and the processes that tests start would fight over the cores.
@@ -16,6 +17,7 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
+from vit_linearizer.commands import closing
 from vit_linearizer.commands.distill import DistillConfig
 from vit_linearizer.models.loading import save_model_folder
 from vit_linearizer.models.released import RELEASED
@@ -29,6 +31,14 @@ SMALL_STUDENT = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 4}
 @pytest.fixture(autouse=True)
 def _package_log(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, logger="vit_linearizer")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_reports() -> Iterator[None]:
+    """Trainings end with a page of some megabytes, which tests of other things can do without."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(closing, "write_report", lambda _folders, file: Path(file))
+        yield
 
 
 @pytest.fixture(scope="session")

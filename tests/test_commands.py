@@ -13,6 +13,8 @@ import vit_linearizer
 from segmentation_folders import write_ade20k
 from vit_linearizer.cli import main
 from vit_linearizer.commands.arguments import parse_model_args, parse_size
+from vit_linearizer.commands.distill import distill
+from vit_linearizer.commands.distill_flags import DistillConfig
 from vit_linearizer.contracts import UserError
 from vit_linearizer.models.loading import save_model_folder
 from vit_linearizer.models.segmenter import Segmenter
@@ -41,7 +43,10 @@ def distill_arguments(photos: Path, small_teacher: Path, tmp_path: Path):
     return make
 
 
-COMMANDS = ("distill", "finetune", "segment", "evaluate", "predict", "export", "embed", "benchmark", "quickstart", "doctor")
+COMMANDS = (
+    "distill", "finetune", "segment", "evaluate", "predict", "maps", "report", "export", "embed", "benchmark", "quickstart",
+    "doctor",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("command", ["", *COMMANDS])
@@ -276,6 +281,14 @@ def test_every_documented_command_runs(line: str, photos: Path, small_teacher: P
     if words[0] in ("finetune", "segment", "evaluate") and "runs/clip" in words:
         save_small_student(tmp_path / "runs" / "clip", num_classes=0)
         save_small_student(tmp_path / "runs" / "classifier", num_classes=2)
+    if words[0] in ("report", "maps"):
+        small = dict(image_size="32", epochs=1, batch_size=4)
+        distill(DistillConfig(teacher=str(small_teacher), student="adventurer_tiny_patch16_224", student_args=tuple(tiny),
+                              data=str(photos), out="runs/clip", **small))  # fmt: skip
+    if words[0] == "maps":
+        if "--image-size" in words:
+            put("--image-size", "32x64")
+        words = [str(small_teacher) if word.startswith("vit_") else word for word in words]
     if words[0] == "predict":
         save_small_segmenter(tmp_path / "runs" / "scenes")
     if words[0] == "evaluate":

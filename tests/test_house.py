@@ -17,7 +17,7 @@ SOURCES = sorted(ROOT.rglob("*.py"))
 #: A module may import from what stands to its left, or from its own package.
 ORDER = (
     "contracts", "ops", "models", "objectives", "data", "evaluation", "tasks", "training", "recipes", "benchmarking",
-    "exporting", "commands", "cli",
+    "exporting", "reporting", "commands", "cli",
 )  # fmt: skip
 #: They offer everything, or start it.
 EXEMPT = ("__init__", "__main__")

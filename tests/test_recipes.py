@@ -240,7 +240,7 @@ def test_small_recipes_do_not_scale_their_learning_rates(name):
 #: Flags that say which run it is; all others are a recipe's values or the machine's (`RuntimeConfig`).
 OF_THE_RUN = {
     "teacher", "student", "data", "out", "recipe", "teacher_arch", "teacher_pretrained", "student_arch", "student_args",
-    "image_size", "teacher_image_size", "labels", "dry_run", "debug",
+    "image_size", "teacher_image_size", "labels", "report", "dry_run", "debug",
 }  # fmt: skip
 #: Flags of `AdaptationRecipe` alone, see test_adaptation.py.
 OF_ADALA = {

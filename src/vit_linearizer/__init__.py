@@ -20,8 +20,10 @@ if TYPE_CHECKING:
     from .commands.evaluate import EvaluateConfig, evaluate
     from .commands.export import ExportConfig, export
     from .commands.finetune import FinetuneConfig, finetune
+    from .commands.maps import MapsConfig, maps
     from .commands.predict import PredictConfig, predict
     from .commands.quickstart import QuickstartConfig, quickstart
+    from .commands.report import ReportConfig, report
     from .commands.segment import SegmentConfig, segment
 
 __version__ = "0.1.0"
@@ -35,8 +37,10 @@ _COMMANDS = {
     "EvaluateConfig": "evaluate",
     "ExportConfig": "export",
     "FinetuneConfig": "finetune",
+    "MapsConfig": "maps",
     "PredictConfig": "predict",
     "QuickstartConfig": "quickstart",
+    "ReportConfig": "report",
     "SegmentConfig": "segment",
     "benchmark": "benchmark",
     "distill": "distill",
@@ -45,8 +49,10 @@ _COMMANDS = {
     "evaluate": "evaluate",
     "export": "export",
     "finetune": "finetune",
+    "maps": "maps",
     "predict": "predict",
     "quickstart": "quickstart",
+    "report": "report",
     "segment": "segment",
 }
 
@@ -58,8 +64,10 @@ __all__ = [
     "EvaluateConfig",
     "ExportConfig",
     "FinetuneConfig",
+    "MapsConfig",
     "PredictConfig",
     "QuickstartConfig",
+    "ReportConfig",
     "SegmentConfig",
     "UserError",
     "benchmark",
@@ -71,8 +79,10 @@ __all__ = [
     "finetune",
     "linearize",
     "load",
+    "maps",
     "predict",
     "quickstart",
+    "report",
     "segment",
 ]
 

@@ -15,8 +15,10 @@ from .commands.embed import EmbedConfig, embed
 from .commands.evaluate import EvaluateConfig, evaluate
 from .commands.export import ExportConfig, export
 from .commands.finetune import FinetuneConfig, finetune
+from .commands.maps import MapsConfig, maps
 from .commands.predict import PredictConfig, predict
 from .commands.quickstart import QuickstartConfig, quickstart
+from .commands.report import ReportConfig, report
 from .commands.segment import SegmentConfig, segment
 from .contracts import UserError
 from .training.progress import show_messages
@@ -27,6 +29,8 @@ COMMANDS: dict[type, Callable[[Any], Any]] = {
     SegmentConfig: segment,
     EvaluateConfig: evaluate,
     PredictConfig: predict,
+    MapsConfig: maps,
+    ReportConfig: report,
     ExportConfig: export,
     EmbedConfig: embed,
     BenchmarkConfig: benchmark,
@@ -40,6 +44,8 @@ _Command = (
     | Annotated[SegmentConfig, tyro.conf.subcommand("segment")]
     | Annotated[EvaluateConfig, tyro.conf.subcommand("evaluate")]
     | Annotated[PredictConfig, tyro.conf.subcommand("predict")]
+    | Annotated[MapsConfig, tyro.conf.subcommand("maps")]
+    | Annotated[ReportConfig, tyro.conf.subcommand("report")]
     | Annotated[ExportConfig, tyro.conf.subcommand("export")]
     | Annotated[EmbedConfig, tyro.conf.subcommand("embed")]
     | Annotated[BenchmarkConfig, tyro.conf.subcommand("benchmark")]

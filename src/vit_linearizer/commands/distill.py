@@ -13,6 +13,7 @@ from ..training.loop import Stage, train
 from ..training.machine import choose_workers, make_accelerator
 from ..training.progress import show_messages
 from ..training.run_folder import RunFolder
+from .closing import close_with_report
 from .distill_dry_run import describe
 from .distill_flags import DistillConfig
 from .distill_routes import choose_route
@@ -97,4 +98,6 @@ def distill(config: DistillConfig) -> Path:
         stages = [Stage(name=name, task=task, optimisation=recipes[name].optimisation) for name, task in tasks.items()]
         train(stages, data, config, run, accelerator)
         logger.info("student: %s", run.model)
+    if config.report and accelerator.is_main_process:
+        close_with_report([run.path], run.path / "report.html")
     return run.path

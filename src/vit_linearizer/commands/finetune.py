@@ -25,6 +25,7 @@ from ..training.optimiser import total_steps
 from ..training.progress import show_messages
 from ..training.run_folder import RunFolder
 from .arguments import parse_size
+from .closing import close_with_report
 from .resolution import (
     apply_flags,
     architecture_name,
@@ -155,6 +156,8 @@ def finetune(config: FinetuneConfig) -> Path:
         best = run.read_evaluation()
         logger.info("best: top1 %.2f at step %d", best["top1"], best["step"])
         logger.info("classifier: %s", run.model)
+    if config.report and accelerator.is_main_process:
+        close_with_report([run.path], run.path / "report.html")
     return run.path
 
 

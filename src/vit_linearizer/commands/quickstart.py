@@ -38,6 +38,7 @@ from ..recipes import DISTILLATION, find_recipe
 from ..training.progress import console, show_messages
 from ..training.run_folder import write_atomically
 from .benchmark import BenchmarkConfig, benchmark
+from .closing import close_with_report
 from .distill import DistillConfig, distill
 from .finetune import FinetuneConfig, finetune
 
@@ -78,7 +79,7 @@ class QuickstartConfig:
     """Train a small ViT on digits, distil it without labels, and compare.
 
     Attributes:
-        out: folder for the runs, quickstart.json and benchmark.json, .md and .png.
+        out: folder for the runs, quickstart.json, benchmark.json, .md and .png, and report.html.
         seed: of everything random.
         full: fine-tune from scratch with all labels too, and a ViT with a tenth; some minutes more.
         smoke: one epoch with tiny models, to see that everything runs.
@@ -146,6 +147,7 @@ def quickstart(config: QuickstartConfig) -> dict[str, dict[str, float]]:
     logger.info(_in_words(results))
     logger.info(_tuning_in_words(results))
     logger.info(_speed_in_words(speed["rows"]))
+    close_with_report([out], out / "report.html")
     return results
 
 
@@ -177,17 +179,18 @@ def _distill(row: str, teacher: Path, out: Path, config: QuickstartConfig) -> Pa
         settings |= {"recipe": "digits", "student": _STUDENT, "student_args": shape, "evaluate_every": 4}
     if row == "regression":
         settings |= asdict(find_recipe(DISTILLATION, "regression", _STUDENT).objectives)
-    data = "builtin:digits-train"
-    return distill(DistillConfig(teacher=str(teacher), data=data, out=str(out / row), seed=config.seed, **settings))
+    return distill(DistillConfig(teacher=str(teacher), out=str(out / row), **_of_every_run(config), **settings))
 
 
 def _finetune(model: str, out: Path, config: QuickstartConfig, **settings: Any) -> Path:
     """The ordinary fine-tuning, on the digits' training part."""
     if config.smoke:
         settings["epochs"] = 1
-    return finetune(
-        FinetuneConfig(model=model, data="builtin:digits-train", out=str(out), recipe="digits", seed=config.seed, **settings)
-    )
+    return finetune(FinetuneConfig(model=model, out=str(out), recipe="digits", **_of_every_run(config), **settings))
+
+
+def _of_every_run(config: QuickstartConfig) -> dict[str, Any]:
+    return {"data": "builtin:digits-train", "seed": config.seed, "report": False}  # one report on all
 
 
 def _tune(row: str, fraction: float, teacher: Path, out: Path, config: QuickstartConfig) -> float:

@@ -31,6 +31,7 @@ from ..training.machine import choose_workers, make_accelerator
 from ..training.progress import show_messages
 from ..training.run_folder import RunFolder
 from .arguments import parse_size
+from .closing import close_with_report
 from .resolution import (
     apply_flags,
     architecture_name,
@@ -194,4 +195,6 @@ def segment(config: SegmentConfig) -> Path:
         worst = sorted((value, name) for name, value in scores["iou"].items() if value is not None)
         logger.info("mIoU %.2f; lowest: %s", scores["miou"], ", ".join(f"{name} {value:.1f}" for value, name in worst[:5]))
         logger.info("segmentation model: %s", run.model)
+    if config.report and accelerator.is_main_process:
+        close_with_report([run.path], run.path / "report.html")
     return run.path

@@ -17,6 +17,7 @@ class TrainingFlags(RuntimeConfig):
         weight_decay: of AdamW.
         clip_norm: largest gradient norm.
         drop_path: of the last block.
+        report: end by writing report.html into the run's folder.
         dry_run: print models, images and steps, and stop.
         debug: show the traceback of an error.
     """
@@ -27,6 +28,7 @@ class TrainingFlags(RuntimeConfig):
     weight_decay: float | None = None
     clip_norm: float | None = None
     drop_path: float | None = None
+    report: bool = True
     dry_run: bool = False
     debug: bool = False
 
