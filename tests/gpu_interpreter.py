@@ -33,8 +33,6 @@ def run_checks(file: str, *, device: str = "cpu") -> None:
         "TRITON_INTERPRET": "1" if device == "cpu" else "0",
         "PYTHONPATH": os.pathsep.join([str(_TESTS), *filter(None, [os.environ.get("PYTHONPATH")])]),
         "OMP_NUM_THREADS": "1",
-        # Triton warns until somebody chooses what it does anyway.
-        "TRITON_DEFAULT_FP_FUSION": os.environ.get("TRITON_DEFAULT_FP_FUSION", "1"),
     }
     command = [sys.executable, "-m", "pytest", "--noconftest", "-p", "no:cacheprovider", str(_TESTS / "gpu_checks" / file)]
     done = subprocess.run(command, env=environment, cwd=_TESTS.parent, capture_output=True, text=True)

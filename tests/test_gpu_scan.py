@@ -47,7 +47,6 @@ def test_full_shapes_on_the_device(monkeypatch, batch, length):
     want_y = ssd_chunked(inputs[0], dt, -torch.exp(inputs[5]), inputs[1], inputs[2], inputs[6])
     want = (want_y.detach(), *torch.autograd.grad(want_y, inputs, gy.float()))
 
-    monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")  # Triton warns where nobody chooses
     poison_new_memory(monkeypatch)
     y, states = scan_forward(x, B, C, dt_raw, dt_bias, A_log, D)
     got = (y, *scan_backward(gy, x, B, C, dt_raw, dt_bias, A_log, D, states))

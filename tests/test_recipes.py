@@ -555,7 +555,8 @@ def test_a_short_segmentation_warms_up_a_tenth_of_it(iterations, warmup):
 
 #: Flags that say which run it is, of both commands; the rest are a recipe's values or the machine's.
 OF_THE_OTHER_RUNS = {
-    "model", "data", "out", "recipe", "model_arch", "model_args", "model_pretrained", "patch_size", "dry_run", "debug",
+    "model", "data", "out", "recipe", "model_arch", "model_args", "model_pretrained", "patch_size",
+    "report", "dry_run", "debug",
 }  # fmt: skip
 
 

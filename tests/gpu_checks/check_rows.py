@@ -9,7 +9,8 @@ from torch import Tensor
 
 from gpu_interpreter import DEVICE, INTERPRETED, poison_new_memory
 from vit_linearizer.ops import causal_conv, norm, reading_order
-from vit_linearizer.ops.gpu import conv, from_reading_order, gate_norm, silu_mul, tiles, to_reading_order
+from vit_linearizer.ops.gpu import conv, from_reading_order, gate_norm, swiglu, tiles
+from vit_linearizer.ops.gpu import reading_order as order
 
 EPS = 1e-5
 LOW = (torch.bfloat16, torch.float16)
@@ -196,12 +197,12 @@ def test_swiglu(dtype, shape):
     exact = leaves(gate, x)
     expected = F.silu(exact[0]) * exact[1]
     expected.backward(gout.double())
-    close(silu_mul.silu_mul_forward(gate, x), expected, dtype)
-    for got, leaf in zip(silu_mul.silu_mul_backward(gout, gate, x), exact, strict=True):
+    close(swiglu.silu_mul_forward(gate, x), expected, dtype)
+    for got, leaf in zip(swiglu.silu_mul_backward(gout, gate, x), exact, strict=True):
         close(got, leaf.grad, dtype)
     gate, x = within(gate, 2 * shape[-1] + 3, 0), within(x, 2 * shape[-1] + 3, shape[-1])
-    close(silu_mul.silu_mul_forward(gate, x), expected, dtype)
-    for got, leaf in zip(silu_mul.silu_mul_backward(gout.expand(shape), gate, x), exact, strict=True):
+    close(swiglu.silu_mul_forward(gate, x), expected, dtype)
+    for got, leaf in zip(swiglu.silu_mul_backward(gout.expand(shape), gate, x), exact, strict=True):
         close(got, leaf.grad, dtype)
 
 
@@ -209,8 +210,8 @@ def test_swiglu_of_large_numbers():
     gate = torch.tensor([[-1e4, -100.0, -90.0, 0.0, 90.0, 100.0, 1e4]], device=DEVICE)
     one = torch.ones_like(gate)
     alike = functools.partial(torch.testing.assert_close, rtol=0, atol=1e-30)
-    alike(silu_mul.silu_mul_forward(gate, one), gate.clamp_min(0))
-    slope, value = silu_mul.silu_mul_backward(one, gate, one)
+    alike(swiglu.silu_mul_forward(gate, one), gate.clamp_min(0))
+    slope, value = swiglu.silu_mul_backward(one, gate, one)
     alike(slope, torch.heaviside(gate, gate.new_tensor(0.5)))
     alike(value, gate.clamp_min(0))
 
@@ -228,13 +229,13 @@ def test_norm_and_into_reading_order(dtype, shape, flip):
     expected = reading_order.to_reading_order(norm.rms_norm(*exact, EPS), flip)
     expected.backward(gout.double())
 
-    out, scale = to_reading_order.norm_to_reading_order_forward(x, weight, EPS, flip)
+    out, scale = order.norm_to_reading_order_forward(x, weight, EPS, flip)
     close(out, expected, dtype)
     close(scale, torch.rsqrt(exact[0].square().mean(-1) + EPS))
-    gx, gweight = to_reading_order.norm_to_reading_order_backward(gout, x, weight, scale, flip)
+    gx, gweight = order.norm_to_reading_order_backward(gout, x, weight, scale, flip)
     close(gx, exact[0].grad, dtype)
     close(gweight, exact[1].grad)
-    gx, again = to_reading_order.norm_to_reading_order_backward(gout, x, weight, scale, flip, residual)
+    gx, again = order.norm_to_reading_order_backward(gout, x, weight, scale, flip, residual)
     close(gx, exact[0].grad + residual.double(), dtype)
     assert torch.equal(again, gweight)
 
@@ -247,10 +248,10 @@ def test_into_reading_order(dtype, shape, flip):
     (exact,) = leaves(x)
     expected = reading_order.to_reading_order(exact, flip)
     expected.backward(gout.double())
-    out = to_reading_order.to_reading_order_forward(x, flip)
+    out = order.to_reading_order_forward(x, flip)
     assert torch.equal(out[:, 1:], reading_order.to_reading_order(x, flip)[:, 1:])
     close(out[:, :1], expected[:, :1], dtype)
-    close(to_reading_order.to_reading_order_backward(gout, flip), exact.grad, dtype)
+    close(order.to_reading_order_backward(gout, flip), exact.grad, dtype)
 
 
 @FLIPS
@@ -291,7 +292,7 @@ def test_out_of_reading_order_backward_moves_rows(shape, flip):
 def test_dtypes_may_differ(flip):
     """The residual stream in fp32 and the layers in bf16, as under autocast."""
     x, mixed, weight = normal(2, 9, 16, seed=1), normal(2, 10, 16, dtype=torch.bfloat16, seed=2), normal(16, seed=3)
-    low, _ = to_reading_order.norm_to_reading_order_forward(x, weight, EPS, flip, torch.bfloat16)
+    low, _ = order.norm_to_reading_order_forward(x, weight, EPS, flip, torch.bfloat16)
     assert low.dtype == torch.bfloat16
     close(low, reading_order.to_reading_order(norm.rms_norm(x, weight, EPS), flip).double(), torch.bfloat16)
     added, out, scale = from_reading_order.add_and_norm_forward(x, mixed, weight, EPS, flip, torch.bfloat16)
@@ -309,7 +310,7 @@ def test_dtypes_may_differ(flip):
 def test_reading_order_of_tensors_with_gaps():
     x, mixed, weight = normal(2, 9, 16, seed=1), normal(2, 10, 16, seed=2), normal(16, seed=3)
     gaps = functools.partial(within, columns=19, first=2)
-    order, back = to_reading_order, from_reading_order
+    back = from_reading_order
     assert torch.equal(order.to_reading_order_forward(gaps(x), True), order.to_reading_order_forward(x, True))
     assert torch.equal(order.to_reading_order_backward(gaps(mixed), True), order.to_reading_order_backward(mixed, True))
     (out, scale), (same, _) = (order.norm_to_reading_order_forward(t, weight, EPS, True) for t in (x, gaps(x)))
@@ -332,9 +333,9 @@ def test_reading_order_of_tensors_with_gaps():
 
 def test_a_mean_of_many_tokens_is_taken_in_several_rounds(monkeypatch):
     """More partial sums than one round of the second kernel adds up."""
-    monkeypatch.setattr(to_reading_order, "cut", lambda *shape: (tiles.RowTile(1, 8, 1), 70, 1))
+    monkeypatch.setattr(order, "cut", lambda *shape: (tiles.RowTile(1, 8, 1), 70, 1))
     x = normal(2, 70, 5)
-    close(to_reading_order.to_reading_order_forward(x, True)[:, 0], x.double().mean(1))
+    close(order.to_reading_order_forward(x, True)[:, 0], x.double().mean(1))
 
 
 if not INTERPRETED:
@@ -356,6 +357,6 @@ if not INTERPRETED:
         rows = base.view(-1, 3224)
         _, scale = gate_norm.rms_norm_forward(rows, normal(3224), EPS)
         assert torch.equal(scale[-5:], gate_norm.rms_norm_forward(rows[-5:], normal(3224), EPS)[1])
-        ordered = to_reading_order.to_reading_order_forward(base, True)
-        assert torch.equal(ordered[alone], to_reading_order.to_reading_order_forward(base[alone], True))
+        ordered = order.to_reading_order_forward(base, True)
+        assert torch.equal(ordered[alone], order.to_reading_order_forward(base[alone], True))
         assert torch.equal(from_reading_order.add_from_reading_order_forward(base, ordered, True)[alone], 2 * base[alone])

@@ -12,7 +12,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import mangle_type
 
-from vit_linearizer.ops.gpu import conv, from_reading_order, gate_norm, silu_mul, to_reading_order
+from vit_linearizer.ops.gpu import conv, from_reading_order, gate_norm, swiglu
+from vit_linearizer.ops.gpu import reading_order as order
 
 BATCH, LENGTH, DIM, INNER, STATE = 2, 66, 768, 1536, 64
 
@@ -49,7 +50,7 @@ class Compiler:
 def compiled(monkeypatch) -> dict[str, str]:
     """PTX by kernel, for whatever is launched."""
     programs: dict[str, str] = {}
-    for module in (conv, from_reading_order, gate_norm, silu_mul, to_reading_order):
+    for module in (conv, from_reading_order, gate_norm, order, swiglu):
         for name in ("_forward", "_backward", "_mean"):
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, Compiler(getattr(module, name), programs))
@@ -94,28 +95,28 @@ def test_gated_norm(compiled):
 
 def test_swiglu(compiled):
     gate = zeros(BATCH * LENGTH, 1920)
-    silu_mul.silu_mul_forward(gate, gate)
-    silu_mul.silu_mul_backward(gate, gate, gate)
+    swiglu.silu_mul_forward(gate, gate)
+    swiglu.silu_mul_backward(gate, gate, gate)
     assert all(widths(ptx, what) == {16} for ptx in compiled.values() for what in ("ld", "st"))
-    silu_mul.silu_mul_backward(gate[:1, :1], gate[:1, :1], gate[:1, :1])
+    swiglu.silu_mul_backward(gate[:1, :1], gate[:1, :1], gate[:1, :1])
 
 
 @pytest.mark.parametrize("flip", [False, True])
 def test_reading_order(compiled, flip):
     x, longer, weight = zeros(BATCH, LENGTH, DIM), zeros(BATCH, LENGTH + 1, DIM), zeros(DIM, dtype=torch.float32)
     scale = zeros(BATCH, LENGTH, dtype=torch.float32)
-    to_reading_order.norm_to_reading_order_forward(x, weight, 1e-5, flip)
-    to_reading_order.norm_to_reading_order_backward(longer, x, weight, scale, flip, x)
+    order.norm_to_reading_order_forward(x, weight, 1e-5, flip)
+    order.norm_to_reading_order_backward(longer, x, weight, scale, flip, x)
     from_reading_order.add_and_norm_forward(x, longer, weight, 1e-5, flip)
     from_reading_order.add_and_norm_backward(x, x, x, weight, scale, flip)
     for name, ptx in compiled.items():
         if not name.endswith("_mean"):
             assert 16 in widths(ptx, "ld"), name
             assert 16 in widths(ptx, "st"), name
-    to_reading_order.to_reading_order_forward(x, flip)
-    to_reading_order.to_reading_order_backward(longer, flip)
+    order.to_reading_order_forward(x, flip)
+    order.to_reading_order_backward(longer, flip)
     from_reading_order.add_from_reading_order_forward(x, longer, flip)
     from_reading_order.add_from_reading_order_backward(x, flip)
-    to_reading_order.to_reading_order_forward(x[:1, :1, :1], flip)
-    to_reading_order.to_reading_order_backward(longer[:1, :2, :1], flip)
+    order.to_reading_order_forward(x[:1, :1, :1], flip)
+    order.to_reading_order_backward(longer[:1, :2, :1], flip)
     from_reading_order.add_from_reading_order_backward(x[:1, :1, :1], flip)

@@ -32,11 +32,12 @@ class Compiler:
         return self.launch
 
     def launch(self, *arguments, num_warps=4, **constants):
-        kernel, options = self.kernel, {"num_warps": num_warps}
+        kernel = self.kernel
+        options = {"num_warps": num_warps, "enable_fp_fusion": constants.pop("enable_fp_fusion")}
         if hasattr(kernel, "configs"):
             config, kernel = kernel.configs[0], kernel.fn
             constants |= config.kwargs
-            options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+            options |= {"num_warps": config.num_warps, "num_stages": config.num_stages}
         signature, attributes = {}, {}
         values = dict(zip(kernel.arg_names, arguments, strict=False))
         for position, name in enumerate(kernel.arg_names):

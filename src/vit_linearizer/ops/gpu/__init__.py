@@ -1,7 +1,7 @@
 """The implementation for CUDA devices of what a mixer's core and the rows around it do: kernels in Triton.
 
 `scan` and its neighbours are the scan of Mamba-2, `conv` and `gate_norm` what stands around it in a mixer (`mixer`),
-`silu_mul`, `to_reading_order` and `from_reading_order` what stands around that in a block. They serve fp32, bf16 and fp16
+`swiglu`, `reading_order` and `from_reading_order` what stands around that in a block. They serve fp32, bf16 and fp16
 and must equal their plain counterparts in `ops`. `registration` makes them known to PyTorch and `operators` calls them;
 neither imports Triton before the first call.
 """

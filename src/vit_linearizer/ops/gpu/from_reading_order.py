@@ -16,8 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .reading_order import cut, place_of
 from .tiles import FUSED, norm_gradient, norm_scale, row_tile, sums_of
-from .to_reading_order import cut, place_of
 
 
 @triton.jit

@@ -55,28 +55,28 @@ def _rms_norm_backward(gout: Tensor, x: Tensor, weight: Tensor, eps: float) -> t
 
 
 def _silu_mul(gate: Tensor, x: Tensor) -> Tensor:
-    from .silu_mul import silu_mul_forward
+    from .swiglu import silu_mul_forward
 
     with torch.cuda.device_of(x):
         return silu_mul_forward(gate, x)
 
 
 def _silu_mul_backward(gout: Tensor, gate: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    from .silu_mul import silu_mul_backward
+    from .swiglu import silu_mul_backward
 
     with torch.cuda.device_of(x):
         return silu_mul_backward(gout, gate, x)
 
 
 def _to_reading_order(x: Tensor, flip: bool) -> Tensor:
-    from .to_reading_order import to_reading_order_forward
+    from .reading_order import to_reading_order_forward
 
     with torch.cuda.device_of(x):
         return to_reading_order_forward(x, flip)
 
 
 def _to_reading_order_backward(gout: Tensor, flip: bool) -> Tensor:
-    from .to_reading_order import to_reading_order_backward
+    from .reading_order import to_reading_order_backward
 
     with torch.cuda.device_of(gout):
         return to_reading_order_backward(gout, flip)

@@ -27,6 +27,7 @@ from torch import Tensor
 from . import tuning
 from .scan_gradients import read_kernel, reader_kernel
 from .scan_states import CHUNK, carried_states, shapes_of, step_sizes
+from .tiles import FUSED
 
 #: Programs that fill a GPU a few times over: so many at least, by dividing the heads, before a program takes more of them.
 _PROGRAMS = 512
@@ -167,7 +168,7 @@ def scan_backward(
         )
         _steps_backward_kernel[triton.cdiv(heads, 16), chunks, batch](
             parts, across, dt, dt_raw, dt_bias, A_log, gdt_raw, sums, *dt_raw.stride(), *gdt_raw.stride(), length, heads,
-            CHUNK=chunk, HAS_STATES=has_states, HEADS=16, num_warps=4,
+            CHUNK=chunk, HAS_STATES=has_states, HEADS=16, num_warps=4, **FUSED,
         )  # fmt: skip
     total = gBC[0] if groups == 1 else gBC.sum(0)
     gB.copy_(total[..., :N])

@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tuning
+from .tiles import FUSED
 
 #: Tokens of a chunk. Fixed, not tuned: it gives the states their shape, which the backward and whoever records the
 #: program must know. Half of it doubles the traffic of states, twice of it adds half as much arithmetic.
@@ -195,6 +196,7 @@ def shapes_of(x: Tensor, B: Tensor, chunk: int) -> dict[str, Any]:
         P=P,
         OPERAND=tuning.operand(x.dtype),
         PRECISION=FP32_PRODUCTS,
+        **FUSED,
     )
 
 
@@ -205,7 +207,7 @@ def step_sizes(dt_raw: Tensor, dt_bias: Tensor, A_log: Tensor, chunk: int) -> tu
     a = torch.empty_like(dt)
     grid = (triton.cdiv(heads, 16), triton.cdiv(length, chunk), batch)
     _steps_kernel[grid](
-        dt_raw, dt_bias, A_log, dt, a, *dt_raw.stride(), length, heads, CHUNK=chunk, HEADS=16, num_warps=4
+        dt_raw, dt_bias, A_log, dt, a, *dt_raw.stride(), length, heads, CHUNK=chunk, HEADS=16, num_warps=4, **FUSED
     )  # fmt: skip
     return dt, a
 
@@ -238,6 +240,16 @@ def carried_states(
     if between > 1:
         block = min(512, N * P)
         _carry_kernel[N * P // block, heads, batch](
-            states, a, length, heads, between, REVERSED=int(reverse), CHUNK=chunk, SIZE=N * P, BLOCK=block, num_warps=2
+            states,
+            a,
+            length,
+            heads,
+            between,
+            REVERSED=int(reverse),
+            CHUNK=chunk,
+            SIZE=N * P,
+            BLOCK=block,
+            num_warps=2,
+            **FUSED,
         )
     return states
