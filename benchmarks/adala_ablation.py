@@ -84,6 +84,7 @@ def main() -> None:
                     seed=seed,
                     precision="bf16",
                     evaluate_every=4,
+                    report=False,
                 )
             )
             found[name].append(judge(load(run), teacher))
