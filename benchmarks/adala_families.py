@@ -2,7 +2,8 @@
 
     python benchmarks/adala_families.py --runs runs/families
 
-Random weights with noise on every parameter attend unevenly, so there is something to align. The attention error is that of the teacher's own inputs, the feature error that of the student as a whole.
+Random weights with noise on every parameter attend unevenly, so there is something to align. The attention error is that on
+the teacher's own inputs, the feature error that of the student as a whole.
 """
 
 import argparse

@@ -100,6 +100,11 @@ def test_operators_are_registered_as_pytorch_wants_them():
     torch.library.opcheck(
         OPS.mixer_core_keeping, (*tensors, norm_weight, EPS), test_utils=("test_schema", "test_faketensor")
     )
+    out, y, states, scale = OPS.mixer_core_keeping(*tensors, norm_weight, EPS)
+    g, kept = torch.randn_like(out).detach(), [t.detach() for t in (out, y, states, scale)]
+    given = [t.detach() for t in (*tensors, norm_weight)]
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(OPS.mixer_core_backward, (g, *given, EPS, *kept), test_utils=checks)
     x = torch.randn(2, 5, 16, device=DEVICE)
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
     torch.library.opcheck(OPS.rms_norm, (x.requires_grad_(), torch.ones(16, device=DEVICE), EPS), test_utils=checks)

@@ -188,7 +188,7 @@ class Child:
         answer = self._ask(json.dumps(self.order)) if self.status == OK else None
         if answer is not None:
             self.warm_up_seconds = answer["seconds"]
-            self.memory["memory_model_mib"] = answer["memory_model_mib"]
+            self.memory |= {name: answer[name] for name in ("memory_model_mib", "cuda_graph") if name in answer}
             if self._time_is_up():
                 self.seconds.append(self.warm_up_seconds)
 

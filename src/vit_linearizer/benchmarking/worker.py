@@ -61,20 +61,27 @@ def _serve(case: dict[str, Any], commands: "queue.Queue[str]", answers: TextIO) 
     passes = Passes(case)
     model_mib = meter.settle()
     passes.run()
-    if case["compile"]:
+    if case["compile"] or meter.on_cuda:  # on a GPU kernels are compiled and tuned by the first pass, in memory of their own
         meter.forget_compiler(model_mib)
         passes.run()
     meter.keep_peak()
     passes.record()
-    _answer(answers, event="ready", seconds=passes.seconds, memory_model_mib=model_mib)
-    meter.rest()
+    _answer(
+        answers,
+        event="ready",
+        seconds=passes.seconds,
+        memory_model_mib=model_mib,
+        **({"cuda_graph": passes.graph is not None} if meter.on_cuda else {}),
+    )
+    passes.rest(meter)
     while commands.get() == "go":
         meter.limit()
         if meter.on_cuda:
             passes.run()  # fills the allocator's cache and wakes the clocks
+            passes.record()
         passes.run()
         _answer(answers, event="repeat", seconds=passes.seconds)
-        meter.rest()
+        passes.rest(meter)
     _answer(answers, event="end", memory_peak_mib=meter.peak_mib())
 
 
@@ -105,7 +112,7 @@ class Passes:
 
     def record(self) -> None:
         """Put the forward pass into a CUDA graph, where there is one to be had."""
-        if self.device.type != "cuda" or self.train:
+        if self.device.type != "cuda" or self.train or self.graph is not None:
             return
         graph = torch.cuda.CUDAGraph()
         try:
@@ -114,6 +121,12 @@ class Passes:
             self.graph = graph
         except RuntimeError:  # a model whose kernels ask the CPU; it is timed as it is launched
             torch.cuda.synchronize()
+
+    def rest(self, meter: "Meter") -> None:
+        """Others run now; a recorded graph would keep its memory from them."""
+        if meter.takes_much():
+            self.graph = None
+            meter.give_back()
 
     def run(self) -> None:
         if self.device.type == "cuda":
@@ -207,13 +220,16 @@ class Meter:
         if not self.on_cuda:
             self.baseline += int((held - model_mib) * _MIB)
 
-    def rest(self) -> None:
-        """Others run now."""
-        if self.peak_mib() * _MIB > _MUCH * self.free:
-            if self.on_cuda:
-                torch.cuda.empty_cache()
-            else:
-                _trim()
+    def takes_much(self) -> bool:
+        """Whether this case should give memory back while others run."""
+        return self.peak_mib() * _MIB > _MUCH * self.free
+
+    def give_back(self) -> None:
+        """Free memory, to the device or the system."""
+        if self.on_cuda:
+            torch.cuda.empty_cache()
+        else:
+            _trim()
 
     def keep_peak(self) -> None:
         """A CUDA graph holds memory of its own, which is not the model's."""

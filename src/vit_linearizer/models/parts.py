@@ -28,11 +28,11 @@ def goes_in_parts(module: Any, x: Tensor) -> bool:
     """Whether a module may take ``[B, L, D]`` in parts, and it pays. Somebody who hooks into a child of it wants one go."""
     return (
         not isinstance(x, torch.fx.Proxy)
-        and x.dim() == 3
-        and x.shape[1] > SEGMENT * 3 // 2
         and x.device.type == "cpu"
         and not (torch.is_grad_enabled() or module.training)
         and not (torch.compiler.is_compiling() or torch.jit.is_tracing() or transformed(x))
+        and x.dim() == 3
+        and x.shape[1] > SEGMENT * 3 // 2
         and not (torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.float16)
         and not all_are_watched()
         and not any(is_watched(child) for child in module.children())

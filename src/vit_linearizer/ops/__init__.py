@@ -62,7 +62,7 @@ def takes_triton(implementation: str, x: Tensor) -> bool:
     """
     if implementation == "triton" and not gpu.available():
         raise UserError("implementation", "triton", f"not here: {gpu.status()[1]}")
-    return implementation in ("auto", "triton") and gpu.serves(x)
+    return implementation in ("auto", "triton") and gpu.serves_sequences(x)
 
 
 @register_notrace_function

@@ -86,19 +86,19 @@ def _register_fakes(namespace: str, chunk_of: Callable[[int], int]) -> None:
 
     @fake("rms_norm")
     def _(x, weight, eps):
-        return torch.empty_like(x)
+        return x.new_empty(x.shape)
 
     @fake("rms_norm_backward")
     def _(gout, x, weight, eps):
-        return torch.empty_like(x), torch.empty_like(weight, dtype=torch.float32)
+        return x.new_empty(x.shape), torch.empty_like(weight, dtype=torch.float32)
 
     @fake("silu_mul")
     def _(gate, x):
-        return torch.empty_like(gate)
+        return gate.new_empty(gate.shape)
 
     @fake("silu_mul_backward")
     def _(gout, gate, x):
-        return torch.empty_like(gate), torch.empty_like(x)
+        return gate.new_empty(gate.shape), x.new_empty(x.shape)
 
     @fake("to_reading_order")
     def _(x, flip):
@@ -110,7 +110,7 @@ def _register_fakes(namespace: str, chunk_of: Callable[[int], int]) -> None:
 
     @fake("add_from_reading_order")
     def _(x, mixed, flip):
-        return torch.empty_like(x, dtype=torch.promote_types(x.dtype, mixed.dtype))
+        return x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, mixed.dtype))
 
     @fake("add_from_reading_order_backward")
     def _(gout, flip):
@@ -125,6 +125,7 @@ def _register_derivatives(namespace: str, operators: Any, plain: str) -> None:
         *tensors, ctx.eps = inputs
         ctx.save_for_backward(*tensors, *output)
         ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)  # no zeros for what has no gradient
 
     def mixer_backward(ctx: Any, gout: Tensor, *_: Any) -> tuple:
         tensors = ctx.saved_tensors

@@ -206,4 +206,4 @@ def conv_silu_backward(
     )  # fmt: skip
     total = sums_of(sums)
     gweight = total[TAPS - width : TAPS].t().contiguous().unsqueeze(1)
-    return gx, gweight, total[TAPS] if bias is not None else None
+    return gx, gweight, total[TAPS].clone() if bias is not None else None

@@ -15,6 +15,8 @@ _SIZES = (16, 32, 64, 128)
 _WIDEST_CONVOLUTION = 4
 #: Columns of a row that one program holds.
 _MOST_COLUMNS = 8192
+#: A grid's third dimension is counted in 16 bits.
+_MOST_SEQUENCES = 65535
 
 
 @functools.cache
@@ -31,6 +33,13 @@ def status() -> tuple[bool, str]:
     major, minor = torch.cuda.get_device_capability()
     if major < 8:
         return False, f"the device is of compute capability {major}.{minor}; the kernels want 8.0 or higher"
+    try:
+        from triton.runtime import driver
+
+        driver.active.get_current_target()
+        driver.active.utils  # noqa: B018  # built by a C compiler on first use
+    except Exception as error:  # whatever an incomplete installation trips over
+        return False, f"Triton cannot start: {' '.join(str(error).split())[:200] or type(error).__name__}"
     return True, "Triton kernels, compiled on first use"
 
 
@@ -47,7 +56,7 @@ def serves(*activations: Tensor) -> bool:
         all(x.device.type == device and x.dtype in (torch.float32, torch.bfloat16, torch.float16) for x in activations)
         and activations[0].numel() > 0
         and not exporting()
-        and not transformed(activations[0])
+        and not transformed(*activations)
         and available()
     )
 
@@ -55,6 +64,11 @@ def serves(*activations: Tensor) -> bool:
 def serves_rows(*activations: Tensor) -> bool:
     """`serves` for the operators that work on rows."""
     return activations[0].shape[-1] <= _MOST_COLUMNS and serves(*activations)
+
+
+def serves_sequences(x: Tensor) -> bool:
+    """`serves` for the mixer's core."""
+    return x.shape[0] <= _MOST_SEQUENCES and serves(x)
 
 
 def fits_mixer(conv_weight: Tensor, conv_bias: Tensor | None, state_dim: int, head_dim: int) -> bool:

@@ -173,5 +173,5 @@ def scan_backward(
     total = gBC[0] if groups == 1 else gBC.sum(0)
     gB.copy_(total[..., :N])
     gC.copy_(total[..., N:])
-    gdt_bias, gA_log = sums.sum((1, 2))
+    gdt_bias, gA_log = (part.sum((0, 1)) for part in sums)  # two storages: outputs of an operator may not share one
     return gx, gB, gC, gdt_raw, gdt_bias, gA_log, gD.sum((0, 1))

@@ -1,8 +1,8 @@
 """What the kernels around the scan share: SiLU, the derivative of RMSNorm, shapes of tiles, and how strides are passed.
 
-Arithmetic is in fp32 whatever the tensors hold. Nothing here or in the kernels depends on the GPU's size or on timing, and
-no kernel adds into memory: equal inputs give equal bits. Tiles are choices made by counting registers and loads in flight
-on a Hopper GPU, not tuned by measurement.
+Arithmetic is in fp32 whatever the tensors hold. Nothing here or in these kernels (unlike the scan's, see `tuning`) depends
+on the GPU's size or on timing, and no kernel adds into memory: equal inputs give equal bits. Tiles are choices made by
+counting registers and loads in flight on a Hopper GPU, not tuned by measurement.
 """
 
 import math

@@ -1,5 +1,8 @@
 """What the Triton kernels share: how launches are tuned, and how a tensor is handed to them.
 
+A launch is chosen by timing and kept in Triton's cache on disk. Some choices add in another order, so equal bits are for
+equal choices: on another machine, or without that cache, the last digits may differ.
+
 Triton's interpreter, in which kernels run on a CPU for tests, can neither time configurations nor multiply bf16.
 """
 

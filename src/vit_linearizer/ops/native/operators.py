@@ -63,7 +63,7 @@ def serves(*activations: Tensor) -> bool:
         all(x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16) for x in activations)
         and activations[0].numel() > 0
         and not exporting()
-        and not transformed(activations[0])
+        and not transformed(*activations)
         and available()
     )
 
