@@ -68,7 +68,7 @@ def serves_rows(*activations: Tensor) -> bool:
 
 def serves_sequences(x: Tensor) -> bool:
     """`serves` for the mixer's core."""
-    return x.shape[0] <= _MOST_SEQUENCES and serves(x)
+    return serves(x) and x.shape[0] <= _MOST_SEQUENCES  # in this order: an export must not be asked for its batch
 
 
 def fits_mixer(conv_weight: Tensor, conv_bias: Tensor | None, state_dim: int, head_dim: int) -> bool:
