@@ -415,6 +415,15 @@ def test_nothing_readable_is_an_error(run, album, tmp_path):
     assert files_in(tmp_path / "out") == ["skipped.txt"]
 
 
+@pytest.fixture
+def _ctrl_c_is_heard():
+    """A process that a shell has put into the background ignores Ctrl-C, and so would this test."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_ctrl_c_is_heard")
 @pytest.mark.parametrize("by", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
 def test_a_stopped_run_leaves_what_is_done_and_whole_files(run, album, tmp_path, monkeypatch, by):
     write, before = command._write_segmented, signal.getsignal(signal.SIGTERM)
