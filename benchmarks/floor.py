@@ -16,26 +16,35 @@ from figures import show, time_in_turn
 
 from vit_linearizer.commands.arguments import parse_size
 from vit_linearizer.models.linear import Linear, prepared
-from vit_linearizer.models.long_sequences import SEGMENT, segments
+from vit_linearizer.models.parts import segments
 
 
-def multiply(layers: dict[Linear, torch.Tensor]) -> None:
-    """Every layer once, in parts and packed as the model has them for long sequences; no output outlives its part."""
-    for layer, x in layers.items():
+def multiply(layers: dict[Linear, tuple[torch.Tensor, int]]) -> None:
+    """Every layer once, in parts and packed as the model has them; no output outlives its part."""
+    for layer, (x, first) in layers.items():
         parts = segments(x.shape[1])
-        run = prepared(layer, SEGMENT) if len(parts) > 1 else layer
+        run = prepared(layer, x.shape[1], first) if len(parts) > 1 or first else layer
         for start, stop in parts:
             run(x[:, start:stop])
 
 
-def inputs_of(student: torch.nn.Module, dtype: torch.dtype) -> dict[Linear, torch.Tensor]:
-    """An input for each linear layer, of as many tokens as it gets: behind the last scan the class token alone."""
+def inputs_of(student: torch.nn.Module, dtype: torch.dtype) -> dict[Linear, tuple[torch.Tensor, int]]:
+    """An input for each linear layer, of as many tokens as it gets, and the first output that is wanted of it.
+
+    Behind the last scan there is the class token alone; before it, no other token's gate is read.
+    """
     tokens = student.patch_embed.num_patches + 2
     last = student.layers[-1]
     behind = {*last.mlp.modules(), last.mixer.out_proj}
     layers = [layer for layer in student.modules() if isinstance(layer, Linear)]
     inputs = {width: torch.randn(1, tokens, width, dtype=dtype) for width in {layer.in_features for layer in layers}}
-    return {layer: inputs[layer.in_features][:, : 1 if layer in behind else tokens] for layer in layers}
+    return {
+        layer: (
+            inputs[layer.in_features][:, : 1 if layer in behind else tokens],
+            last.mixer.inner_dim if layer is last.mixer.in_proj else 0,
+        )
+        for layer in layers
+    }
 
 
 def other_products(student: torch.nn.Module) -> float:

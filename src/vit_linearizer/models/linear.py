@@ -6,7 +6,8 @@ import torch.nn as nn
 from timm.layers import register_notrace_module
 from torch import Tensor
 
-from ..ops import linear, onednn
+from ..ops import linear, onednn, packed_weights
+from .parts import SEGMENT
 
 
 @register_notrace_module
@@ -17,9 +18,22 @@ class Linear(nn.Linear):
         return linear(x, self.weight, self.bias)
 
 
-def prepared(layer: nn.Module, rows: int) -> Callable[[Tensor], Tensor]:
-    """A layer for several calls with so many rows each: its weight is packed once for them, and for them alone."""
-    if type(layer) is not Linear or not onednn.packs(layer.weight, layer.bias):
+def prepared(layer: nn.Module, rows: int, first: int = 0) -> Callable[[Tensor], Tensor]:
+    """A layer for one call of a model, which comes in parts of about `SEGMENT`: its weight is packed once for all of them.
+
+    Args:
+        layer: any; others than `Linear` are left alone.
+        rows: of all parts together.
+        first: of a `Linear`, leave out the outputs before this one.
+    """
+    if type(layer) is not Linear:
         return layer
-    packed = onednn.pack(layer.weight, rows)
-    return lambda x: onednn.onednn_linear(x, packed, layer.bias)
+    weight: Tensor = layer.weight
+    bias: Tensor | None = layer.bias
+    if first:
+        weight, bias = weight[first:], None if bias is None else bias[first:]
+    if rows <= SEGMENT or not onednn.packs(weight, bias):
+        return lambda x: linear(x, weight, bias)
+    kept = packed_weights.kept(weight, rows)
+    packed = onednn.pack(weight, SEGMENT) if kept is weight else kept
+    return lambda x: onednn.onednn_linear(x, packed, bias)

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from ..ops import silu_mul
+from .last_token import in_proj_for_last
 from .linear import prepared
 from .mamba2 import Mamba2
-from .parts import SEGMENT, goes_in_parts, segments
+from .parts import goes_in_parts, segments
 from .swiglu import SwiGLU
 
 
@@ -28,9 +29,11 @@ def block_goes_in_parts(block: Any, x: Tensor) -> bool:
 def block_in_parts(block: Any, x: Tensor) -> Tensor:
     """``[B, N + 1, D] -> [B, N + 1, D]``, class token last in both."""
     patches = x.shape[1] - 1
-    out_proj, mlp = prepared(block.mixer.out_proj, SEGMENT), _prepared_mlp(block.mlp)
+    tokens = x.shape[0] * x.shape[1]
+    in_proj, out_proj = (prepared(layer, tokens) for layer in (block.mixer.in_proj, block.mixer.out_proj))
+    mlp = _prepared_mlp(block.mlp, tokens)
     out = torch.empty_like(x)
-    for (start, stop), mixed in _cores(block, x):
+    for (start, stop), mixed in _cores(block, x, in_proj):
         rows = slice(patches - stop, patches - start) if block.flip else slice(start, stop)
         mixed = out_proj(mixed)[:, int(start == 0) :]  # nothing is added to the heading average
         own = mixed[:, : stop - start]
@@ -47,11 +50,12 @@ def block_in_parts(block: Any, x: Tensor) -> Tensor:
 
 def class_token_core_in_parts(block: Any, x: Tensor) -> Tensor:
     """``[B, N + 1, D] -> [B, 1, inner]``: what the mixer's core makes of the class token, which it reads last."""
-    ((_, mixed),) = collections.deque(_cores(block, x), maxlen=1)
+    in_proj = in_proj_for_last(block.mixer, x)
+    ((_, mixed),) = collections.deque(_cores(block, x, in_proj), maxlen=1)
     return mixed[:, -1:]
 
 
-def _cores(block: Any, x: Tensor) -> Iterator[tuple[tuple[int, int], Tensor]]:
+def _cores(block: Any, x: Tensor, in_proj: Callable[[Tensor], Tensor]) -> Iterator[tuple[tuple[int, int], Tensor]]:
     """Bounds of each part of the patches in reading order, and what the mixer's core makes of it.
 
     The heading average comes out with the first part, the class token with the last.
@@ -59,7 +63,7 @@ def _cores(block: Any, x: Tensor) -> Iterator[tuple[tuple[int, int], Tensor]]:
     patches = x.shape[1] - 1
     total = sum(block.norm(x[:, start:stop]).sum(1, dtype=torch.float32) for start, stop in segments(x.shape[1]))
     heading = (total / x.shape[1]).to(x.dtype).unsqueeze(1)
-    mixer = _MixerInParts(block.mixer, x)
+    mixer = _MixerInParts(block.mixer, in_proj, x)
     for start, stop in segments(patches):
         u = block.norm(x[:, patches - stop : patches - start].flip(1) if block.flip else x[:, start:stop])
         tokens = [u]
@@ -73,9 +77,9 @@ def _cores(block: Any, x: Tensor) -> Iterator[tuple[tuple[int, int], Tensor]]:
 class _MixerInParts:
     """A mixer up to its last linear layer, for the parts of one batch of sequences, first to last."""
 
-    def __init__(self, mixer: Mamba2, like: Tensor):
+    def __init__(self, mixer: Mamba2, in_proj: Callable[[Tensor], Tensor], like: Tensor):
         self.mixer = mixer
-        self.in_proj = prepared(mixer.in_proj, SEGMENT)
+        self.in_proj = in_proj
         self.state = like.new_zeros((like.shape[0], mixer.num_heads, mixer.state_dim, mixer.head_dim), dtype=torch.float32)
         self.before = like[:, :0]  # tokens that the convolution looks back at
 
@@ -86,7 +90,7 @@ class _MixerInParts:
         return self.mixer.core(self.in_proj(u), self.state, lead)
 
 
-def _prepared_mlp(mlp: SwiGLU) -> Callable[[Tensor], Tensor]:
-    """SwiGLU for several calls."""
-    w1, w2, w3 = (prepared(layer, SEGMENT) for layer in (mlp.w1, mlp.w2, mlp.w3))
+def _prepared_mlp(mlp: SwiGLU, rows: int) -> Callable[[Tensor], Tensor]:
+    """SwiGLU for so many rows in parts."""
+    w1, w2, w3 = (prepared(layer, rows) for layer in (mlp.w1, mlp.w2, mlp.w3))
     return lambda x: w3(silu_mul(w1(x), w2(x)))

@@ -11,6 +11,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from ..ops import Implementation, mixer_carries_states, mixer_core, rms_norm
+from .last_token import in_proj_for_last
 from .linear import Linear
 
 
@@ -94,8 +95,9 @@ class Mamba2(nn.Module):
 
     def forward(self, u: Tensor, last_alone: bool = False) -> Tensor:
         """``[B, L, dim] -> [B, L, dim]``, or ``[B, 1, dim]`` of the last token; output t depends on inputs 0..t only."""
-        y = self.core(self.in_proj(u))
-        return self.out_proj(y[:, -1:] if last_alone else y)
+        if torch.jit.is_scripting() or not last_alone:
+            return self.out_proj(self.core(self.in_proj(u)))
+        return self.out_proj(self.core(in_proj_for_last(self, u)(u))[:, -1:])
 
     def core(self, zxbcdt: Tensor, state: Tensor | None = None, lead: int = 0) -> Tensor:
         """All between the two linear layers; see `ops.mixer_core`."""

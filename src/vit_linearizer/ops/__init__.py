@@ -13,7 +13,7 @@ from timm.layers import register_notrace_function
 from torch import Tensor
 
 from ..contracts import UserError, did_you_mean
-from . import gpu, mixer, native, norm, onednn, reading_order
+from . import gpu, mixer, native, norm, onednn, packed_weights, reading_order
 from .causal_conv import causal_conv_silu
 from .linear_attention import linear_attention
 from .position_embedding import resample_position_embedding
@@ -261,7 +261,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, weight, bias)
     else:
         if not recording() and onednn.serves(x, weight, bias):
-            return onednn.onednn_linear(x, weight, bias)
+            return onednn.onednn_linear(x, packed_weights.kept(weight, x.numel() // x.shape[-1]), bias)
         return F.linear(x, weight, bias)
 
 
@@ -280,6 +280,7 @@ __all__ = [
     "mixer_carries_states",
     "mixer_core",
     "onednn",
+    "packed_weights",
     "resample_position_embedding",
     "rms_norm",
     "silu_mul",

@@ -1,8 +1,8 @@
 """Linear layers by oneDNN, on CPUs and in precisions where it beats what PyTorch would do.
 
 PyTorch hands fp32 products to MKL, which is slower on CPUs that are not Intel's than oneDNN, which it uses for bf16 anyway.
-oneDNN takes the weights as they are, and a little faster still packed, which pays where a layer is called several times in a
-row. The figures are in LOG.md. oneDNN keeps what it prepares for each number of rows, up to a limit of its own.
+oneDNN takes the weights as they are, and faster packed (`packed_weights`). The figures are in LOG.md. oneDNN keeps what it
+prepares for each number of rows, up to a limit of its own.
 """
 
 import functools
@@ -74,7 +74,7 @@ def packs(weight: Tensor, bias: Tensor | None) -> bool:
 
 
 def pack(weight: Tensor, rows: int) -> Tensor:
-    """A copy laid out as oneDNN likes it best for products with so many rows. It is for one call of a model, never kept."""
+    """A copy laid out as oneDNN likes it best for products with so many rows. It knows nothing of later edits."""
     return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows)
 
 

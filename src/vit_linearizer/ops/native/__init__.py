@@ -9,6 +9,7 @@ reason instead, and everything runs on the plain path.
 from .operators import (
     add_from_reading_order,
     available,
+    fingerprint,
     fits_mixer,
     mixer_core,
     rms_norm,
@@ -22,6 +23,7 @@ from .operators import (
 __all__ = [
     "add_from_reading_order",
     "available",
+    "fingerprint",
     "fits_mixer",
     "mixer_core",
     "rms_norm",

@@ -23,7 +23,7 @@ logger = logging.getLogger("vit_linearizer")
 
 _NAME = "vit_linearizer_native"
 _HERE = Path(__file__).parent
-_SOURCES = ("mixer.cpp", "mixer_backward.cpp", "rows.cpp")
+_SOURCES = ("mixer.cpp", "mixer_backward.cpp", "rows.cpp", "fingerprint.cpp")
 _HEADERS = ("vectors.h", "products.h", "mixer.h")
 
 #: For the machine it is built on. No -ffast-math: infinities and not-a-number must come out as they should.

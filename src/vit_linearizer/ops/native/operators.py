@@ -1,7 +1,4 @@
-"""The native operators, and when they serve: on a CPU, in fp32 or bf16, outside programs that leave PyTorch.
-
-Nothing is packed or kept between calls, so there is no copy of a weight that could go stale.
-"""
+"""The native operators, and when they serve: on a CPU, in fp32 or bf16, outside programs that leave PyTorch."""
 
 import logging
 import os
@@ -121,6 +118,11 @@ def mixer_core(
         assert lead == 0
         return OPS.mixer_core(*arguments, eps)
     return OPS.mixer_core_carrying(*arguments, eps, state, lead)
+
+
+def fingerprint(t: Tensor) -> int:
+    """A number of 64 bits that changes with the contents of a contiguous tensor, computed as fast as they can be read."""
+    return OPS.fingerprint(t.detach())
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
