@@ -1,4 +1,4 @@
-"""Packed copies of weights: the same numbers, never stale, gone with their weight; and layers of whose outputs some are read."""
+"""Packed copies of weights: the same numbers, never stale, gone with their weight; and layers read in part."""
 
 import copy
 import gc
