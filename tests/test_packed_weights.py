@@ -29,6 +29,7 @@ def packs(monkeypatch):
         pytest.skip("this torch has no oneDNN")
     monkeypatch.setattr(onednn, "prefers_onednn", lambda: True)
     monkeypatch.setattr(packed_weights, "LEAST_ELEMENTS", 1)
+    monkeypatch.setattr(packed_weights, "DTYPES", (torch.float32, torch.bfloat16))  # any CPU can have the first
     count, pack = Counter(), onednn.pack
     monkeypatch.setattr(onednn, "pack", lambda *args: count.update(packs=1) or pack(*args))
     return count
@@ -180,7 +181,7 @@ def test_inference_mode_and_after(packs):
     assert packs["packs"] == 1
 
 
-@pytest.mark.parametrize("why", ["rows", "elements", "no parameter", "strided", "no library", "autocast", "gradients"])
+@pytest.mark.parametrize("why", ["rows", "elements", "no parameter", "dtype", "strided", "no library", "autocast", "gradients"])
 def test_left_as_it_is_where_it_does_not_pay(packs, monkeypatch, why):
     layer, x = Linear(40, 72), torch.randn(9, 40)
     if why == "rows":
@@ -191,6 +192,8 @@ def test_left_as_it_is_where_it_does_not_pay(packs, monkeypatch, why):
         weight = layer.weight.detach()
         del layer.weight
         layer.weight = weight
+    elif why == "dtype":
+        monkeypatch.setattr(packed_weights, "DTYPES", (torch.bfloat16,))
     elif why == "strided":
         layer.weight.data = torch.randn(40, 72).T
     elif why == "no library":
