@@ -132,9 +132,9 @@ void scan(const Parameters& p, const Sizes& sizes, const IO* zxbcdt, int64_t fir
         for (int j = 0; j < even; j += kLanes) {
           Floats m = all(0.0f);
           if (j <= i) m = exp(a_i - load(a + j)) * load(d + j) * load(gram + i * kChunk + j);
-          if (j + kLanes > i) {
-            for (int k = 0; k < kLanes; k++) m[k] = j + k > i ? 0.0f : m[k];
-            if (j <= i) m[i - j] += skip;
+          if (j <= i && j + kLanes > i) {
+            m = lanes() <= i - j ? m : all(0.0f);
+            m += lanes() == i - j ? all(skip) : all(0.0f);
           }
           store(row + kState + j, m);
         }

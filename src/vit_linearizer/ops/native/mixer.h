@@ -103,8 +103,8 @@ void project(const Parameters& p, const Sizes& sizes, const Rows<IO>& rows, int 
   for (int i = 0; i < kChunk; i++)
     for (int c = 0; c < kState; c += kLanes) {
       const bool there = i < tokens;
-      store(B + i * kState + c, there ? silu(convolved(p, rows.row + i, inner, inner + c)) : all(0.0f));
-      store(C + i * kState + c, there ? silu(convolved(p, rows.row + i, inner, inner + kState + c)) : all(0.0f));
+      store(B + i * kState + c, there ? silu_for<IO>(convolved(p, rows.row + i, inner, inner + c)) : all(0.0f));
+      store(C + i * kState + c, there ? silu_for<IO>(convolved(p, rows.row + i, inner, inner + kState + c)) : all(0.0f));
     }
 }
 

@@ -94,8 +94,8 @@ struct Half {
 
   template <int columns>
   static VL_INLINE void put_pair(BFloat16* B, int k, int c, Floats first, Floats second) {
-    Bits low = __builtin_convertvector(rounded(first), Bits), high = __builtin_convertvector(rounded(second), Bits);
-    Bits both = low | (high << 16);
+    const __m512i in_pairs = (__m512i)(lanes() | ((lanes() + kLanes) << 16));
+    const __m512i both = _mm512_permutexvar_epi16(in_pairs, (__m512i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first));
     std::memcpy(B + k * columns + 2 * c, &both, sizeof both);
   }
 
