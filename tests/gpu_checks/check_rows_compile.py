@@ -120,3 +120,17 @@ def test_reading_order(compiled, flip):
     order.to_reading_order_forward(x[:1, :1, :1], flip)
     order.to_reading_order_backward(longer[:1, :2, :1], flip)
     from_reading_order.add_from_reading_order_backward(x[:1, :1, :1], flip)
+
+
+def test_reading_order_under_autocast(compiled):
+    """Residual stream in fp32, what linear layers take and give in bf16."""
+    x, longer, weight = zeros(BATCH, LENGTH, DIM, dtype=torch.float32), zeros(BATCH, LENGTH + 1, DIM), zeros(DIM).float()
+    scale, low = zeros(BATCH, LENGTH, dtype=torch.float32), zeros(BATCH, LENGTH, DIM)
+    order.norm_to_reading_order_forward(x, weight, 1e-5, True, torch.bfloat16)
+    order.norm_to_reading_order_backward(longer, x, weight, scale, True)
+    from_reading_order.add_and_norm_forward(x, longer, weight, 1e-5, True, torch.bfloat16)
+    from_reading_order.add_and_norm_backward(x, low, x, weight, scale, True, torch.float32, torch.bfloat16)
+    for name, ptx in compiled.items():
+        if not name.endswith("_mean"):
+            assert 16 in widths(ptx, "ld"), name
+            assert 16 in widths(ptx, "st"), name

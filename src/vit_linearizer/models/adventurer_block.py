@@ -12,14 +12,23 @@ import math
 from typing import Literal
 
 import torch
+import torch.fx
 import torch.nn as nn
 from timm.layers import DropPath
 from torch import Tensor
 
-from ..ops import Implementation, add_from_reading_order, to_reading_order
+from ..ops import (
+    Implementation,
+    add_and_norm,
+    add_from_reading_order,
+    exporting,
+    norm_to_reading_order,
+    to_reading_order,
+)
 from .long_sequences import block_goes_in_parts, block_in_parts, class_token_core_in_parts
 from .mamba2 import Mamba2, RMSNorm
 from .swiglu import SwiGLU
+from .watching import all_are_watched, is_watched
 
 Flip = Literal["alternate", "released"]
 
@@ -75,14 +84,43 @@ class AdventurerBlock(nn.Module):
             if not class_token_alone:
                 return block_in_parts(self, x)
             mixed = self.mixer.out_proj(class_token_core_in_parts(self, x))
-            return self._feed_forward(x[:, -1:] + mixed)
+            x = x[:, -1:] + mixed
+            return self._feed_forward(x, self.norm_mlp(x))
 
     def in_one_go(self, x: Tensor, class_token_alone: bool = False) -> Tensor:
         """`forward` as the paper says it."""
-        mixed = self.drop_path(self.mixer(to_reading_order(self.norm(x), self.flip), class_token_alone))
+        mixed = self.drop_path(self.mixer(self._norm_and_order(x), class_token_alone))
         if class_token_alone:
-            return self._feed_forward(x[:, -1:] + mixed)
-        return self._feed_forward(add_from_reading_order(x, mixed, self.flip))
+            x = x[:, -1:] + mixed
+            return self._feed_forward(x, self.norm_mlp(x))
+        x, normed = self._add_and_norm(x, mixed)
+        return self._feed_forward(x, normed)
 
-    def _feed_forward(self, x: Tensor) -> Tensor:
-        return x + self.drop_path(self.mlp(self.norm_mlp(x)))
+    def _norm_and_order(self, x: Tensor) -> Tensor:
+        """What the mixer reads."""
+        if not torch.jit.is_scripting():  # noqa: SIM102  # TorchScript leaves out what this alone rules out
+            if _is_its_function(self.norm, x):
+                return norm_to_reading_order(x, self.norm.weight, self.norm.eps, self.flip)
+        return to_reading_order(self.norm(x), self.flip)
+
+    def _add_and_norm(self, x: Tensor, mixed: Tensor) -> tuple[Tensor, Tensor]:
+        """The tokens with the mixer's output added, and what the MLP reads of them."""
+        if not torch.jit.is_scripting():  # noqa: SIM102
+            if _is_its_function(self.norm_mlp, x):
+                return add_and_norm(x, mixed, self.norm_mlp.weight, self.norm_mlp.eps, self.flip)
+        x = add_from_reading_order(x, mixed, self.flip)
+        return x, self.norm_mlp(x)
+
+    def _feed_forward(self, x: Tensor, normed: Tensor) -> Tensor:
+        return x + self.drop_path(self.mlp(normed))
+
+
+def _is_its_function(norm: nn.Module, x: Tensor) -> bool:
+    """Whether a norm may be calculated within another operator: nobody replaced it, looks at it or records it."""
+    return (
+        type(norm) is RMSNorm
+        and not isinstance(x, torch.fx.Proxy)
+        and not exporting()
+        and not all_are_watched()
+        and not is_watched(norm)
+    )

@@ -255,6 +255,55 @@ def add_from_reading_order(x: Tensor, mixed: Tensor, flip: bool) -> Tensor:
 
 
 @register_notrace_function
+def norm_to_reading_order(x: Tensor, weight: Tensor, eps: float, flip: bool) -> Tensor:
+    """`to_reading_order` of `rms_norm`: what the mixer of a block of Adventurer (arXiv 2410.07599) reads.
+
+    On a GPU this is one pass, and under autocast what was fp32 comes out in the dtype that linear layers would cast it to.
+
+    Args:
+        x: ``[B, N + 1, D]``: patches, class token.
+        weight: ``[D]``.
+        eps: added to the mean square.
+        flip: whether the patches are reversed.
+
+    Returns:
+        ``[B, N + 2, D]``: mean, patches, class token, all of the normalised tokens.
+    """
+    if torch.jit.is_scripting():
+        return to_reading_order(rms_norm(x, weight, eps), flip)
+    else:
+        if gpu.serves_rows(x) and not transformed(weight):
+            return gpu.norm_to_reading_order(x, weight, eps, flip)
+        return to_reading_order(rms_norm(x, weight, eps), flip)
+
+
+@register_notrace_function
+def add_and_norm(x: Tensor, mixed: Tensor, weight: Tensor, eps: float, flip: bool) -> tuple[Tensor, Tensor]:
+    """`add_from_reading_order` and its `rms_norm`: what a block of Adventurer (arXiv 2410.07599) hands to its MLP.
+
+    On a GPU this is one pass, with autocast as in `norm_to_reading_order`.
+
+    Args:
+        x: ``[B, N + 1, D]``: patches, class token.
+        mixed: ``[B, N + 2, D]`` in reading order.
+        weight: ``[D]``.
+        eps: added to the mean square.
+        flip: whether the patches of ``mixed`` are reversed.
+
+    Returns:
+        The sum and its norm, ``[B, N + 1, D]`` each.
+    """
+    if torch.jit.is_scripting():
+        added = add_from_reading_order(x, mixed, flip)
+        return added, rms_norm(added, weight, eps)
+    else:
+        if gpu.serves_rows(x, mixed) and not transformed(weight):
+            return gpu.add_and_norm(x, mixed, weight, eps, flip)
+        added = add_from_reading_order(x, mixed, flip)
+        return added, rms_norm(added, weight, eps)
+
+
+@register_notrace_function
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``F.linear``, by whichever library multiplies fp32 matrices faster on this CPU."""
     if torch.jit.is_scripting():
@@ -270,6 +319,7 @@ for _leaf in (causal_conv_silu, linear_attention, resample_position_embedding):
 
 __all__ = [
     "Implementation",
+    "add_and_norm",
     "add_from_reading_order",
     "causal_conv_silu",
     "choose_mixer",
@@ -279,6 +329,7 @@ __all__ = [
     "linear_attention",
     "mixer_carries_states",
     "mixer_core",
+    "norm_to_reading_order",
     "onednn",
     "packed_weights",
     "resample_position_embedding",

@@ -63,7 +63,7 @@ class _RMSNorm(torch.autograd.Function):
         x, weight, gate, scale = ctx.saved_tensors
         unit = _gated(x, gate).mul_(scale) if gate is not None else _gated(x, gate) * scale
         dy = dy.to(unit.dtype)
-        dweight = torch.mul(dy, unit).flatten(0, -2).sum(0).to(weight.dtype)
+        dweight = torch.mul(dy, unit).reshape(-1, weight.shape[0]).sum(0).to(weight.dtype)
         dvalue = dy * weight
         along = torch.mul(dvalue, unit).mean(-1, keepdim=True)
         dvalue = dvalue.addcmul_(unit, along, value=-1).mul_(scale)

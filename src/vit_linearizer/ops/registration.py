@@ -163,19 +163,30 @@ def _register_derivatives(namespace: str, operators: Any, plain: str) -> None:
         gmixed = operators.add_from_reading_order_backward(gout.to(mixed_dtype).contiguous(), ctx.flip)
         return gout.to(x_dtype), gmixed, None
 
+    for name in ("mixer_core", "rms_norm", "silu_mul", "to_reading_order", "add_from_reading_order"):
+        refuse_derivative(f"{namespace}::{name}_backward", plain)
+    derivative("mixer_core_keeping", mixer_backward, save_mixer)
+    derivative("rms_norm", norm_backward, save_norm)
+    derivative("silu_mul", gate_backward, save_gate)
+    derivative("to_reading_order", order_backward, save_order)
+    derivative("add_from_reading_order", sum_backward, save_sum)
+
+
+def refuse_derivative(name: str, plain: str) -> None:
+    """Make the derivative of an operator, such as another's backward pass, an error that says what to do.
+
+    Args:
+        name: of the operator, with its namespace.
+        plain: what a user does to get the plain path instead.
+    """
+
     def refuse(ctx: Any, *gradients: Any) -> None:
         raise NotImplementedError(f"fused operators cannot be differentiated twice; {plain} to do that")
 
     def save_nothing(ctx: Any, inputs: tuple, output: Any) -> None:
         pass
 
-    for name in ("mixer_core", "rms_norm", "silu_mul", "to_reading_order", "add_from_reading_order"):
-        derivative(f"{name}_backward", refuse, save_nothing)
-    derivative("mixer_core_keeping", mixer_backward, save_mixer)
-    derivative("rms_norm", norm_backward, save_norm)
-    derivative("silu_mul", gate_backward, save_gate)
-    derivative("to_reading_order", order_backward, save_order)
-    derivative("add_from_reading_order", sum_backward, save_sum)
+    torch.library.register_autograd(name, refuse, setup_context=save_nothing)
 
 
 def _register_flops(operators: Any, chunk_of: Callable[[int], int]) -> None:

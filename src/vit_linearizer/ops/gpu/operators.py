@@ -115,3 +115,21 @@ def to_reading_order(x: Tensor, flip: bool) -> Tensor:
 def add_from_reading_order(x: Tensor, mixed: Tensor, flip: bool) -> Tensor:
     """`ops.add_from_reading_order`, in Triton."""
     return OPS.add_from_reading_order(x, mixed, flip)
+
+
+def norm_to_reading_order(x: Tensor, weight: Tensor, eps: float, flip: bool) -> Tensor:
+    """`ops.norm_to_reading_order`, in Triton."""
+    return OPS.norm_to_reading_order(x, weight.contiguous(), eps, flip, _dtype_for_linear(x, x.dtype))[0]
+
+
+def add_and_norm(x: Tensor, mixed: Tensor, weight: Tensor, eps: float, flip: bool) -> tuple[Tensor, Tensor]:
+    """`ops.add_and_norm`, in Triton."""
+    dtype = _dtype_for_linear(x, torch.promote_types(x.dtype, mixed.dtype))
+    added, out, _ = OPS.add_and_norm(x, mixed, weight.contiguous(), eps, flip, dtype)
+    return added, out
+
+
+def _dtype_for_linear(x: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """What autocast has a linear layer make of a tensor of this dtype on the device of ``x``; rounding twice is avoided."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if dtype == torch.float32 and torch.is_autocast_enabled(device) else dtype

@@ -1,4 +1,7 @@
-"""The GPU's operators as PyTorch knows them (`ops.registration`), and how they run. Triton is imported by the first call."""
+"""The GPU's operators as PyTorch knows them (`ops.registration`, `fused_norms`), and how they run.
+
+Triton is imported by the first call.
+"""
 
 import os
 from typing import Any
@@ -7,11 +10,14 @@ import torch
 from torch import Tensor
 
 from ..registration import register
+from . import fused_norms
 
 #: Tokens of a chunk of the scan.
 CHUNK = 128
 
-_LIBRARY, OPS = register("vit_linearizer_gpu", lambda _length: CHUNK, "set VIT_LINEARIZER_TRITON=0")
+_PLAIN = "set VIT_LINEARIZER_TRITON=0"
+_LIBRARY, OPS = register("vit_linearizer_gpu", lambda _length: CHUNK, _PLAIN)
+fused_norms.register(_LIBRARY, OPS, _PLAIN)
 
 #: Of a mixer: the six tensors and eps.
 _PARAMETERS = 7
@@ -96,6 +102,36 @@ def _add_from_reading_order_backward(gout: Tensor, flip: bool) -> Tensor:
         return add_from_reading_order_backward(gout, flip)
 
 
+def _norm_to_reading_order(x: Tensor, weight: Tensor, eps: float, flip: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    from .reading_order import norm_to_reading_order_forward
+
+    with torch.cuda.device_of(x):
+        return norm_to_reading_order_forward(x, weight, eps, flip, dtype)  # type: ignore[return-value]  # scale is there
+
+
+def _norm_to_reading_order_backward(
+    gout: Tensor, x: Tensor, weight: Tensor, scale: Tensor, flip: bool
+) -> tuple[Tensor, Tensor]:
+    from .reading_order import norm_to_reading_order_backward
+
+    with torch.cuda.device_of(x):
+        return norm_to_reading_order_backward(gout, x, weight, scale, flip)
+
+
+def _add_and_norm(x: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+    from .from_reading_order import add_and_norm_forward
+
+    with torch.cuda.device_of(x):
+        return add_and_norm_forward(x, *others)
+
+
+def _add_and_norm_backward(gadded: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+    from .from_reading_order import add_and_norm_backward
+
+    with torch.cuda.device_of(gadded):
+        return add_and_norm_backward(gadded, *others)
+
+
 _RUN = {
     "mixer_core": _mixer_core,
     "mixer_core_keeping": _mixer_core_keeping,
@@ -108,6 +144,10 @@ _RUN = {
     "to_reading_order_backward": _to_reading_order_backward,
     "add_from_reading_order": _add_from_reading_order,
     "add_from_reading_order_backward": _add_from_reading_order_backward,
+    "norm_to_reading_order": _norm_to_reading_order,
+    "norm_to_reading_order_backward": _norm_to_reading_order_backward,
+    "add_and_norm": _add_and_norm,
+    "add_and_norm_backward": _add_and_norm_backward,
 }
 #: Triton's interpreter runs the same kernels on a CPU, for tests.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
