@@ -62,6 +62,7 @@ CHOICES = {
     "repeats": 3,
     "smallest_crop": 0.08,
     "horizontal_flip": 0.5,
+    "device_augmentation": False,
     "masked_prediction_target": "layer_norm",
     "feature_regression_target": "layer_norm",
     "scales_learning_rate": True,
@@ -143,6 +144,7 @@ OTHER = {
     "smallest_crop": 0.5,
     "horizontal_flip": 0.0,
     "repeats": 1,
+    "device_augmentation": True,
     "stages": 2,
     "mask_ratio": 0.5,
     "masking": "block",
@@ -175,7 +177,8 @@ def test_each_value_is_overridden_by_its_name(name):
 
 
 def test_all_values_are_overridden_together():
-    assert distillation("linearizer", STUDENT).override(**OTHER).flat() == OTHER | {"iterations": None}
+    together = OTHER | {"device_augmentation": False}  # whose other value goes with another augmentation alone
+    assert distillation("linearizer", STUDENT).override(**together).flat() == together | {"iterations": None}
 
 
 def test_none_leaves_a_value_as_it_is():
@@ -273,7 +276,7 @@ def test_every_flag_reaches_the_recipe_and_every_value_has_a_flag():
 @pytest.mark.parametrize("name", sorted(set(OTHER) - set(WITHOUT_FLAG)))
 def test_each_flag_changes_its_value_and_is_unset_by_default(name):
     base = {"teacher": "t", "student": STUDENT, "data": "d", "out": "o"}
-    assert getattr(DistillConfig(**base), name) is None
+    assert getattr(DistillConfig(**base), name) in (None, False)
     assert resolved(DistillConfig(**base, **{name: OTHER[name]}), STUDENT).flat()[name] == OTHER[name]
 
 
@@ -377,6 +380,7 @@ CHOICES_9 = {
     "label_smoothing": 0.1,
     "smallest_crop": 0.08,
     "horizontal_flip": 0.5,
+    "device_augmentation": False,
     "clip_norm": None,
     "scales_learning_rate": True,
     "iterations": None,
@@ -584,7 +588,7 @@ def test_every_flag_of_the_other_commands_is_a_value_and_every_value_has_a_flag(
     flags = set(fields) - runtime - OF_THE_OTHER_RUNS - of_the_run
     for name in recipes:
         assert flags == set(find_recipe(recipes, name, "").flat()) - without_flag
-    assert {fields[name] for name in flags} == {None}
+    assert {fields[name] for name in flags} <= {None, False}
 
 
 def test_flags_of_a_length_of_another_kind_are_no_flags():

@@ -112,7 +112,7 @@ class StudentRoute:
         return {"distillation": fit_to_images(self._table, self.config, images=images, parts=parts)}
 
     def described(self, recipes: dict[str, StageRecipe]) -> dict[str, Any]:
-        return recipes["distillation"].flat()
+        return recipes["distillation"].recorded()
 
     def tasks(self, recipes: dict[str, StageRecipe]) -> dict[str, Task]:
         config, recipe = self.config, recipes["distillation"]
@@ -191,7 +191,7 @@ class AdaptationRoute:
         return {name: fit_to_images(recipe, own, images=images, parts=parts) for name, (recipe, own) in self._stages.items()}
 
     def described(self, recipes: dict[str, StageRecipe]) -> dict[str, Any]:
-        return {name.replace(" ", "_"): recipe.flat() for name, recipe in recipes.items()}
+        return {name.replace(" ", "_"): recipe.recorded() for name, recipe in recipes.items()}
 
     def tasks(self, recipes: dict[str, StageRecipe]) -> dict[str, Task]:
         config = self.config

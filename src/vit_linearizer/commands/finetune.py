@@ -113,7 +113,7 @@ def finetune(config: FinetuneConfig) -> Path:
         "recipe": name,
         "image_size": list(image_size),
         "global_pool": config.global_pool,
-        **recipe.flat(),
+        **recipe.recorded(),
         **resolved_runtime(config, accelerator),
     }
     run = RunFolder(config.out, resolved)
@@ -144,6 +144,7 @@ def finetune(config: FinetuneConfig) -> Path:
         repeats=recipe.views.repeats,
         held_out=centre_loader(centre, batch_size=_EVALUATION_BATCH, num_workers=workers),
         bank=None,
+        colours_in_loader=recipe.views.colours_in_loader,
     )
     steps = total_steps(recipe.optimisation, len(training))
     if steps < _FEW_STEPS and name.startswith("finetune_"):

@@ -42,12 +42,14 @@ class ViewFlags:
         smallest_crop: smallest share of a picture that a crop keeps.
         horizontal_flip: probability of mirroring.
         repeats: repeated augmentation.
+        device_augmentation: the loader draws the colours of three, the training device computes them.
     """
 
     augmentation: Augmentation | None = None
     smallest_crop: float | None = None
     horizontal_flip: float | None = None
     repeats: int | None = None
+    device_augmentation: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

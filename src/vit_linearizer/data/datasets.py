@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from ..contracts import UserError
 from ..objectives import sample_mask
+from .device_augmentation import apply_colours
 from .images import UnreadableImageError
 from .sampler import Draw, StepSampler
 from .sources import ImageSource
@@ -238,7 +239,9 @@ def _collate_readable(items: list[dict[str, Tensor] | None]) -> dict[str, Tensor
 
 
 def to_device(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    """Move a batch, turning uint8 images into float images in [0, 1]."""
-    moved = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
+    """Move a batch, turning uint8 images into float images in [0, 1], with the colours that views have drawn for them."""
+    moved = {key: value.to(device, non_blocking=True) for key, value in batch.items() if key != "colours"}
     moved["images"] = moved["images"].float() / 255
+    if "colours" in batch:
+        moved["images"] = apply_colours(moved["images"], batch["colours"])
     return moved

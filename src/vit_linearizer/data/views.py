@@ -1,8 +1,9 @@
 """What a model is shown of a picture: crops, flips and colours, and the patches that are hidden.
 
 Source: ThreeAugment of DeiT-III (arXiv 2204.07118), through timm's ``3a`` policy: a random resized crop, a flip, one of
-grey, solarised or blurred, and colour jitter 0.3. RandAugment (arXiv 1909.13719) is timm's too. Every
-random choice depends on (seed, epoch, picture, repeat) alone.
+grey, solarised or blurred, and colour jitter 0.3; its colours can be left to the training device, see
+device_augmentation.py. RandAugment (arXiv 1909.13719) is timm's too. Every random choice depends on (seed, epoch, picture,
+repeat) alone.
 """
 
 import contextlib
@@ -21,6 +22,7 @@ from torchvision.transforms import Compose, InterpolationMode, RandomAffine
 
 from ..contracts import UserError
 from ..objectives import Masking, sample_mask
+from .device_augmentation import draw_colours
 from .sampler import Draw
 
 Augmentation = Literal["three", "rand", "crop", "affine", "none"]
@@ -43,12 +45,14 @@ class ViewConfig:
         smallest_crop: smallest share of the picture's area that a crop keeps.
         horizontal_flip: probability of a mirror image.
         repeats: draws of a picture in a row (repeated augmentation).
+        device_augmentation: with ``three``: the loader draws the colours, and the training device computes them.
     """
 
     augmentation: Augmentation = "three"
     smallest_crop: float = 0.08
     horizontal_flip: float = 0.5
     repeats: int = 3
+    device_augmentation: bool = False
 
     def __post_init__(self) -> None:
         if not 0 < self.smallest_crop <= 1:
@@ -57,6 +61,16 @@ class ViewConfig:
             raise UserError("--horizontal-flip", self.horizontal_flip, "must be in [0, 1]")
         if self.repeats < 1:
             raise UserError("--repeats", self.repeats, "must be at least 1")
+        if self.device_augmentation and self.augmentation != "three":
+            by_picture = "is computed picture by picture, which the loader does"
+            why = by_picture if self.augmentation == "rand" else "changes no colours"
+            remedy = f"{why}; use --augmentation three, or leave --device-augmentation out"
+            raise UserError("--augmentation", self.augmentation, remedy)
+
+    @property
+    def colours_in_loader(self) -> bool:
+        """Whether the loader computes what the training device could."""
+        return self.augmentation == "three" and not self.device_augmentation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,11 +83,16 @@ class MaskConfig:
 
 
 class TrainingView:
-    """Picture and draw -> the view's uint8 tensor and its mask, the same for the same draw in any process."""
+    """Picture and draw -> the view, the same for the same draw in any process.
+
+    A dict: ``images``, uint8 ``[3, H, W]``; with a mask config ``mask``; with `ViewConfig.device_augmentation` ``colours``,
+    the row of `draw_colours` that `to_device` applies. Crop, flip and colours are those that the draw has without it.
+    """
 
     def __init__(self, image_size: tuple[int, int], config: ViewConfig, mask: MaskConfig | None, *, seed: int):
         self.seed = seed
         self.mask = mask
+        self.draws_colours = config.device_augmentation
         if config.augmentation in ("none", "affine"):
             self.transform = centre_transform(image_size)
             if config.augmentation == "affine":
@@ -87,8 +106,8 @@ class TrainingView:
             is_training=True,
             scale=(config.smallest_crop, 1.0),
             hflip=config.horizontal_flip,
-            auto_augment=_POLICIES.get(config.augmentation),
-            color_jitter=0.3 if config.augmentation == "three" else None,  # type: ignore[arg-type]  # timm takes None
+            auto_augment=None if config.device_augmentation else _POLICIES.get(config.augmentation),
+            color_jitter=0.3 if config.colours_in_loader else None,  # type: ignore[arg-type]  # timm takes None
             interpolation="bicubic",
             normalize=False,
         )
@@ -100,6 +119,8 @@ class TrainingView:
     def __call__(self, image: Image.Image, draw: Draw) -> dict[str, Tensor]:
         with seeded(self.seed, *draw):
             view = {"images": self.transform(image)}
+            if self.draws_colours:  # after crop and flip, and so from where the colours of `_POLICIES` would begin to draw
+                view["colours"] = draw_colours()
         if self.mask is not None:
             rng = np.random.default_rng([self.seed, *draw, 1])
             view["mask"] = torch.from_numpy(sample_mask(self.mask.grid, self.mask.ratio, self.mask.masking, rng))

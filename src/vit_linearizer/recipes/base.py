@@ -10,6 +10,9 @@ from ..ops.linear_attention import FeatureMap
 from ..tasks import ClassificationConfig, DistillationConfig, SegmentationConfig
 from ..training.config import OptimisationConfig
 
+#: Values that came later than some runs: off, they are not recorded, so that a run begun before can be gone on with.
+_ABSENT_WHEN_OFF = ("device_augmentation",)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
@@ -61,13 +64,17 @@ class Recipe:
         return dataclasses.replace(self, optimisation=optimisation)
 
     def flat(self) -> dict[str, Any]:
-        """All values by name, as ``config.json`` shows them."""
+        """All values by name."""
         values: dict[str, Any] = {}
         for field in dataclasses.fields(self):
             part = getattr(self, field.name)
             is_part = dataclasses.is_dataclass(part) and not isinstance(part, type)
             values.update(dataclasses.asdict(part) if is_part else {field.name: part})
         return values
+
+    def recorded(self) -> dict[str, Any]:
+        """All values by name, as ``config.json`` shows them; `_ABSENT_WHEN_OFF` only where they are on."""
+        return {name: value for name, value in self.flat().items() if value or name not in _ABSENT_WHEN_OFF}
 
 
 @dataclass(frozen=True, kw_only=True)

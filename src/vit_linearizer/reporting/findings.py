@@ -207,7 +207,7 @@ def of_data(run: RunRecord) -> Iterator[Finding]:
         if not number(run.config.get("num_workers")) and run.device == "cpu":
             do = "Without loader processes this is decoding and augmenting; --num-workers 1 may help where a core is free."
         else:
-            do = "Try more --num-workers, smaller files or a faster disk."
+            do = "Try more --num-workers, beside a GPU --device-augmentation in a new run, smaller files, or a faster disk."
         yield Finding(rule="data wait", kind="warning", about=run.name, says=says, do=do)
     images = run.held_out_images
     if images is not None and images < _FEW_HELD_OUT:

@@ -22,12 +22,14 @@ class TrainingData:
         repeats: of repeated augmentation.
         held_out: centre views for evaluation, under fixed masks.
         bank: labelled centre views of training pictures, or None where there are no labels.
+        colours_in_loader: whether the loader computes colours that `ViewConfig.device_augmentation` would spare it.
     """
 
     training: Dataset
     repeats: int
     held_out: DataLoader
     bank: DataLoader | None
+    colours_in_loader: bool = False
 
 
 def prepare_data(
@@ -67,4 +69,5 @@ def prepare_data(
         repeats=views.repeats,
         held_out=centre(held_out_numbers, mask),
         bank=centre(train_numbers[:_BANK], None) if source.labels is not None else None,
+        colours_in_loader=views.colours_in_loader,
     )

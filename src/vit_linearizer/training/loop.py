@@ -169,7 +169,13 @@ def _train_stage(
         save_checkpoint(last, model, raw_optimizer, progress, writes=run.writes)
         saved_at = time.monotonic()
 
-    line = ProgressLine(stage.name, first=progress.step - first, total=end - first, shown=accelerator.is_main_process)
+    line = ProgressLine(
+        stage.name,
+        first=progress.step - first,
+        total=end - first,
+        shown=accelerator.is_main_process,
+        hint=_wait_hint(data, accelerator.device),
+    )
     clock = _Clock(optimisation.batch_size)
     try:
         if progress.step == first:
@@ -209,6 +215,12 @@ def _train_stage(
             SkippedList(run.skipped).tidy()
     logger.info("%s: done, %d steps, the last %d in %s", stage.name, end - first, clock.steps, duration(clock.elapsed))
     accelerator.wait_for_everyone()
+
+
+def _wait_hint(data: TrainingData, device: torch.device) -> str:
+    """What to try when the loop waits for data."""
+    spared = data.colours_in_loader and device.type == "cuda"
+    return "more --num-workers" + (", or in a new run --device-augmentation" if spared else "")
 
 
 class _Clock:

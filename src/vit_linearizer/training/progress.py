@@ -47,10 +47,20 @@ class ProgressLine:
         total: steps of the whole run.
         shown: False in every process but the first.
         unit: what is counted.
+        hint: what to try when the loop waits for data.
     """
 
-    def __init__(self, title: str, *, first: int, total: int, shown: bool = True, unit: str = "step"):
-        self.title, self.first, self.total, self.shown, self.unit = title, first, total, shown, unit
+    def __init__(
+        self,
+        title: str,
+        *,
+        first: int,
+        total: int,
+        shown: bool = True,
+        unit: str = "step",
+        hint: str = "more --num-workers",
+    ):
+        self.title, self.first, self.total, self.shown, self.unit, self.hint = title, first, total, shown, unit, hint
         self.live: Progress | None = None
         if shown and console.is_terminal:
             self.live = Progress(
@@ -81,7 +91,7 @@ class ProgressLine:
         if loss is not None:
             detail = f"loss {loss:.4f}  {detail}"
         if data_wait > _WAIT_WORTH_A_HINT:
-            detail += " (try more --num-workers)"
+            detail += f" (try {self.hint})"
         if self.live is not None:
             self.live.update(self.bar, completed=done, detail=detail)
             return
