@@ -8,11 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import timm
 import torch
 from timm.layers import apply_rot_embed_cat
 from torch.utils.data import DataLoader
 
+import small_vits
+from small_vits import images, shake, small
 from vit_linearizer import UserError, distill
 from vit_linearizer.cli import main
 from vit_linearizer.contracts import Features
@@ -24,24 +25,8 @@ from vit_linearizer.objectives import attention_alignment, attention_errors, fea
 from vit_linearizer.tasks import AttentionAlignment, Distillation, DistillationConfig
 
 CPU = torch.device("cpu")
-SHAPE = dict(embed_dim=48, depth=3, num_heads=3, img_size=32, patch_size=8, num_classes=5)
-#: A timm model of each kind of ViT, and what changes it beyond its size.
-FAMILIES = {
-    "vit": ("vit_tiny_patch16_224", {}),
-    "vit of mean pooling": ("vit_base_patch16_gap_224", {}),
-    "deit3": ("deit3_small_patch16_224", {}),
-    "distilled deit": ("deit_tiny_distilled_patch16_224", {}),
-    "clip": ("vit_base_patch16_clip_224", {}),
-    "dinov2": ("vit_small_patch14_reg4_dinov2", {}),
-    "siglip": ("vit_base_patch16_siglip_224", {}),
-    "norms of q, k and output": ("vit_tiny_patch16_224", dict(qk_norm=True, scale_attn_norm=True, qkv_bias=False)),
-    "eva-02": ("eva02_tiny_patch14_224", {}),
-    "eva-02 of separate projections": ("eva02_base_patch16_clip_224", {}),
-    "dinov3": ("vit_small_patch16_dinov3", {}),
-    "dinov3 with biases": ("vit_small_patch16_dinov3_qkvb", {}),
-    "rotary positions of each block": ("vit_small_patch16_rope_mixed_224", {}),
-    "grouped queries": ("vit_pe_core_tiny_patch16_384", dict(num_heads=4, num_kv_heads=2, qkv_fused=False, qk_norm=True)),
-}
+#: Of those in `small_vits`, all that differ in what is trained.
+FAMILIES = [family for family in small_vits.FAMILIES if family not in ("norms behind", "eva", "perception encoder")]
 every_family = pytest.mark.parametrize("family", FAMILIES)
 ROTARY = {family for family in FAMILIES if "eva" in family or "dinov3" in family} | {
     "rotary positions of each block",
@@ -60,21 +45,6 @@ FEATURE_ALIGNMENT = DistillationConfig(
 )
 
 
-def shake(model, seed=0):
-    """All parameters random: no bias, norm or layer scale stays at its starting value."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
-    return model.eval()
-
-
-def small(family="vit", **changes):
-    name, own = FAMILIES[family]
-    torch.manual_seed(0)
-    return shake(timm.create_model(name, **{**SHAPE, **own, **changes}))
-
-
 def pair(family, **linear):
     """A frozen teacher without its classifier, and what it becomes: with weights of its own, so that nothing is shared."""
     model = small(family)
@@ -83,13 +53,9 @@ def pair(family, **linear):
     return Teacher(model, (32, 32)), student
 
 
-def images(batch=2):
-    return torch.rand(batch, 3, 32, 32, generator=torch.Generator().manual_seed(3))
-
-
 def held_out():
     """Three pictures as the data side gives them, in bytes; and what a model is to see of them."""
-    pictures = (255 * images(3)).byte()
+    pictures = (255 * images(batch=3)).byte()
     return DataLoader([{"images": picture} for picture in pictures], batch_size=2), pictures.float() / 255
 
 

@@ -176,6 +176,19 @@ def test_by_default_a_headless_model_is_measured_by_its_features(runs: dict[str,
     assert {"knn", "linear_probe", "few_shot", "cka"} <= set(headless)
 
 
+def test_weight_files_come_with_their_architecture(pictures: Path, tmp_path: Path) -> None:
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=len(open_labelled(str(pictures)).training.classes))
+    torch.save(model.state_dict(), tmp_path / "weights.pth")
+    wanted = dict(metrics=("top1",), image_size="32")
+    with pytest.raises(UserError, match=r"name its architecture too: --models-arch vit_base_patch16_224$"):
+        evaluate(make_config(pictures, tmp_path / "weights.pth", **wanted))
+    with pytest.raises(UserError, match=r"^--models-arch a b: there are 1 weight files among the models"):
+        evaluate(make_config(pictures, tmp_path / "weights.pth", models_arch=("a", "b"), **wanted))
+    config = make_config(pictures, tmp_path / "weights.pth", models_arch=("vit_tiny_patch16_224",), **wanted)
+    (result,) = evaluate(config).values()
+    assert 0 <= result["top1"] <= 100
+
+
 def test_class_folders_alone_have_nothing_to_learn_from(runs: dict[str, Path], pictures: Path) -> None:
     """All pictures are judged on, and only the head can be."""
     (values,) = evaluate(make_config(pictures / "val", runs["student"])).values()

@@ -181,7 +181,10 @@ def test_inference_mode_and_after(packs):
     assert packs["packs"] == 1
 
 
-@pytest.mark.parametrize("why", ["rows", "elements", "no parameter", "dtype", "strided", "no library", "autocast", "gradients"])
+REASONS = ("rows", "elements", "no parameter", "dtype", "strided", "no library", "autocast", "gradients")
+
+
+@pytest.mark.parametrize("why", REASONS)
 def test_left_as_it_is_where_it_does_not_pay(packs, monkeypatch, why):
     layer, x = Linear(40, 72), torch.randn(9, 40)
     if why == "rows":

@@ -12,6 +12,7 @@ import pytest
 import timm
 import torch
 
+from small_vits import shake
 from vit_linearizer import DistillConfig, UserError, distill, load
 from vit_linearizer.commands.distill_routes import choose_route
 from vit_linearizer.models.linear_vit import linear_blocks
@@ -36,15 +37,6 @@ def losses(run, **wanted):
 
 def weights(run, name="last"):
     return torch.load(Path(run) / "checkpoints" / f"{name}.pt", weights_only=True)
-
-
-def shake(model):
-    """All parameters random, so that softmax and linear attention are far apart."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
-    return model
 
 
 def save_teacher(folder, name="vit_tiny_patch16_224", **changes):

@@ -252,6 +252,26 @@ def test_another_configuration_is_refused_by_name(small_run) -> None:
     distill(small_run(num_workers=1, debug=True))  # where it runs is no part of what it is
 
 
+def test_two_runs_at_once_do_not_share_a_folder(small_run, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = small_run()
+    evaluate, refused = Distillation.evaluate, []
+
+    def meanwhile(*args):
+        if not refused:
+            before = (Path(config.out) / "config.json").read_bytes()
+            with pytest.raises(UserError, match=r"^--out .*another run is writing there now; wait until it ends") as error:
+                distill(small_run(resume="never"))
+            refused.append(error)
+            assert (Path(config.out) / "config.json").read_bytes() == before
+            assert (Path(config.out) / "run.log").exists()
+        return evaluate(*args)
+
+    monkeypatch.setattr(Distillation, "evaluate", meanwhile)
+    distill(config)
+    assert len(refused) == 1
+    distill(small_run(resume="never"))
+
+
 def test_the_teacher_is_nowhere_in_the_training(small_teacher: Path) -> None:
     teacher = Teacher(create_backbone(str(small_teacher), field="--teacher"), (32, 32))
     student = timm.create_model("adventurer_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=32, depth=4)

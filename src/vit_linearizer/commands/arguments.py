@@ -4,6 +4,7 @@ import ast
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch.nn as nn
@@ -70,3 +71,16 @@ def parse_model_args(field: str, pairs: Sequence[str]) -> dict[str, Any]:
         except (ValueError, SyntaxError):
             values[name] = value
     return values
+
+
+def architectures_of(models: Sequence[str], architectures: Sequence[str]) -> dict[str, str]:
+    """Architectures by weight file, from ``--models`` and ``--models-arch``, which names one for each file in their order.
+
+    Raises:
+        UserError: there are not as many of one as of the other.
+    """
+    files = [name for name in models if Path(name).is_file()]
+    if architectures and len(architectures) != len(files):
+        remedy = f"there are {len(files)} weight files among the models; name one architecture for each, in their order"
+        raise UserError("--models-arch", " ".join(architectures), remedy)
+    return dict(zip(files, architectures, strict=True)) if architectures else {}

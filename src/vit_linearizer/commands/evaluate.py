@@ -16,6 +16,7 @@ from ..models.segmenter_folder import is_segmenter
 from ..training.machine import choose_device
 from ..training.progress import show_messages
 from ..training.run_folder import write_atomically
+from .arguments import architectures_of
 from .evaluate_labels import Subject, add_corruptions, measure, teacher_size
 from .evaluate_masks import measure_segmenters
 from .resolution import resolved_data
@@ -39,6 +40,7 @@ class EvaluateConfig:
         out: JSON file for all results; each evaluated run's evaluation.json gets its own besides.
         metrics: what to measure; by default all that models and data allow, but corruptions.
         models_pretrained: load pretrained weights of timm names; --no-models-pretrained takes random ones.
+        models_arch: timm names of the architectures of weight files among the models, in their order.
         teacher: for fidelity, and to compare robustness with.
         teacher_arch: timm name of the architecture, when the teacher is a weight file.
         image_size: 224 or HEIGHTxWIDTH; by default each model's nominal size.
@@ -58,6 +60,7 @@ class EvaluateConfig:
     out: str | None = None
     metrics: tuple[Metric, ...] | None = None
     models_pretrained: bool = True
+    models_arch: tuple[str, ...] = ()
     teacher: str | None = None
     teacher_arch: str | None = None
     image_size: str | None = None
@@ -121,11 +124,14 @@ def evaluate(config: EvaluateConfig) -> dict[str, dict[str, Any]]:
     data = open_labelled(config.data)
     if data.validation is None:
         _refuse_own_training_pictures(config)
-    subjects = {name: Subject(name, config, device) for name in config.models}
+    architectures = architectures_of(config.models, config.models_arch)
+    subjects = {name: Subject(name, config, device, architecture=architectures.get(name)) for name in config.models}
     metrics = config.metrics or _possible(config, data, subjects)
     everyone = dict(subjects)
     if "corruptions" in metrics and config.teacher is not None and config.teacher not in subjects:
-        everyone[config.teacher] = Subject(config.teacher, config, device, "--teacher")
+        everyone[config.teacher] = Subject(
+            config.teacher, config, device, field="--teacher", architecture=config.teacher_arch
+        )
     _refuse(config, metrics, data, everyone)
     results = {name: {} for name in subjects}
     for name, subject in subjects.items():

@@ -35,11 +35,18 @@ if TYPE_CHECKING:
 class Subject:
     """One model, ready to be measured."""
 
-    def __init__(self, name: str, config: "EvaluateConfig", device: torch.device, field: str = "--models"):
+    def __init__(
+        self,
+        name: str,
+        config: "EvaluateConfig",
+        device: torch.device,
+        *,
+        field: str = "--models",
+        architecture: str | None = None,
+    ):
         self.name = name
         given = parse_size("--image-size", config.image_size)
         size: dict[str, Any] = {"img_size": given} if given else {}
-        architecture = config.teacher_arch if field == "--teacher" else None
         pretrained = config.models_pretrained or field == "--teacher"
         torch.manual_seed(0)  # of random weights
         model: Any = open_model(name, field=field, architecture=architecture, pretrained=pretrained, **size)

@@ -13,7 +13,7 @@ import torch.nn as nn
 from ..contracts import UserError
 from ..models.adapters import check_plain, nominal_size, patch_grid, patch_size, stage_ends
 from ..models.loading import is_file_name, model_folder, open_model, probe_backbone
-from .arguments import parse_size
+from .arguments import architectures_of, parse_size
 
 if TYPE_CHECKING:
     from .maps import MapsConfig
@@ -56,11 +56,7 @@ def plan_models(config: "MapsConfig") -> tuple[tuple[int, int], tuple[int, int],
     Raises:
         UserError: unknown or unfit models, a size that is no multiple of the first model's patch, too many stages.
     """
-    files = [name for name in config.models if Path(name).is_file()]
-    if config.models_arch and len(config.models_arch) != len(files):
-        remedy = f"there are {len(files)} weight files among the models; name one architecture for each, in their order"
-        raise UserError("--models-arch", " ".join(config.models_arch), remedy)
-    architectures = dict(zip(files, config.models_arch, strict=True)) if config.models_arch else {}
+    architectures = architectures_of(config.models, config.models_arch)
     sources: dict[str, str | None] = {name: architectures.get(name) for name in config.models}
     first = _probe(config.models[0], sources[config.models[0]])
     size = parse_size("--image-size", config.image_size) or nominal_size(first)

@@ -151,14 +151,13 @@ class Distillation(Task):
 
     def forward(self, batch: dict[str, Tensor]) -> LossOutput:
         """Loss of images ``[B, 3, H, W]`` in [0, 1] under masks ``[B, N]`` (True where the student sees the mask token)."""
-        teacher = self.teacher.features(batch["images"], stages=self.config.stages)
-        return self._losses(self._student(batch), teacher, batch.get("mask"))
+        stages = self.config.stages if self.config.activation_matching_weight > 0 else 1  # the rest reads final features
+        teacher = self.teacher.features(batch["images"], stages=stages)
+        return self._losses(self._student(batch, stages), teacher, batch.get("mask"))
 
-    def _student(self, batch: dict[str, Tensor]) -> Features:
+    def _student(self, batch: dict[str, Tensor], stages: int) -> Features:
         mask = batch.get("mask")
-        return extract_features(
-            self.student, batch["images"], stages=self.config.stages, mask=mask, mask_token=self.mask_token
-        )
+        return extract_features(self.student, batch["images"], stages=stages, mask=mask, mask_token=self.mask_token)
 
     def _losses(self, student: Features, teacher: Features, mask: Tensor | None) -> LossOutput:
         config = self.config
@@ -190,7 +189,7 @@ class Distillation(Task):
         for batch in held_out:
             batch = to_device(batch, device)
             teacher = self.teacher.features(batch["images"], stages=self.config.stages)
-            student = self._student(batch)
+            student = self._student(batch, self.config.stages)
             mask = batch.get("mask")
             output = self._losses(student, teacher, mask)
             losses = {"loss": output.loss, **output.terms}

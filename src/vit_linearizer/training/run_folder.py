@@ -2,7 +2,8 @@
 
     config.json  metrics.jsonl  run.log  skipped.txt  checkpoints/  model/  evaluation.json  tensorboard/
 
-A folder holds one configuration. The metrics are cut back to the checkpoint on resume, so no step stands twice.
+A folder holds one configuration and is written by one run at a time. The metrics are cut back to the checkpoint on resume,
+so no step stands twice.
 """
 
 import contextlib
@@ -14,6 +15,8 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from ..contracts import UserError
 from ..models.loading import recover_model_folder
@@ -42,16 +45,20 @@ class RunFolder:
         self._refuse_other_configuration()
 
     def prepare(self, *, resume: str, writes: bool = True) -> None:
-        """Create the folder and its ``config.json``.
+        """Create the folder and its ``config.json``, and keep other runs out of it until `logging_to_file` ends.
 
         Args:
             resume: ``auto`` keeps what is there, ``never`` removes this configuration's earlier results.
             writes: False in every process but the first.
+
+        Raises:
+            UserError: another run is writing there.
         """
         self.writes = writes
         if not writes:
             return
         self.checkpoints.mkdir(parents=True, exist_ok=True)
+        self._keep_others_out()
         recover_model_folder(self.model)
         if resume == "never":
             self._start_over()
@@ -91,6 +98,17 @@ class RunFolder:
             shown = ", ".join(f"{key} ({there.get(key)} there, {here.get(key)} here)" for key in different[:8])
             raise UserError("--out", self.path, f"holds a run of another configuration: {shown}; use another folder")
 
+    def _keep_others_out(self) -> None:
+        """A lock that the system takes back when this process ends, however it ends."""
+        self.lock = FileLock(self.path / ".lock")
+        try:
+            self.lock.acquire(timeout=0)
+        except Timeout as error:
+            remedy = "another run is writing there now; wait until it ends, or use another folder"
+            raise UserError("--out", self.path, remedy) from error
+        except NotImplementedError:
+            logger.warning("%s lies on a file system without locks: start no second run there", self.path)
+
     def _start_over(self) -> None:
         for folder in (self.checkpoints, self.model, self.path / "tensorboard"):
             shutil.rmtree(folder, ignore_errors=True)
@@ -126,7 +144,7 @@ class RunFolder:
 
     @contextlib.contextmanager
     def logging_to_file(self) -> Iterator[None]:
-        """Send the package's log to ``run.log`` too."""
+        """Send the package's log to ``run.log`` too; behind it the folder is free for the next run."""
         if not self.writes:
             yield
             return
@@ -138,6 +156,7 @@ class RunFolder:
         finally:
             logger.removeHandler(handler)
             handler.close()
+            self.lock.release()
 
 
 class MetricsWriter:
