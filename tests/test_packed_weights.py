@@ -10,6 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from timm.utils import ModelEmaV3
+from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from small_models import images, small
 from vit_linearizer.models.linear import Linear, prepared
@@ -29,6 +31,7 @@ def packs(monkeypatch):
         pytest.skip("this torch has no oneDNN")
     monkeypatch.setattr(onednn, "prefers_onednn", lambda: True)
     monkeypatch.setattr(packed_weights, "LEAST_ELEMENTS", 1)
+    monkeypatch.setattr(packed_weights, "LEAST_ROWS", 1)
     monkeypatch.setattr(packed_weights, "DTYPES", (torch.float32, torch.bfloat16))  # any CPU can have the first
     count, pack = Counter(), onednn.pack
     monkeypatch.setattr(onednn, "pack", lambda *args: count.update(packs=1) or pack(*args))
@@ -181,7 +184,7 @@ def test_inference_mode_and_after(packs):
     assert packs["packs"] == 1
 
 
-REASONS = ("rows", "elements", "no parameter", "dtype", "strided", "no library", "autocast", "gradients")
+REASONS = ("rows", "few rows", "elements", "no parameter", "dtype", "strided", "no library", "autocast", "gradients")
 
 
 @pytest.mark.parametrize("why", REASONS)
@@ -189,6 +192,8 @@ def test_left_as_it_is_where_it_does_not_pay(packs, monkeypatch, why):
     layer, x = Linear(40, 72), torch.randn(9, 40)
     if why == "rows":
         monkeypatch.setattr(packed_weights, "MOST_ROWS", 8)
+    elif why == "few rows":
+        monkeypatch.setattr(packed_weights, "LEAST_ROWS", 10)
     elif why == "elements":
         monkeypatch.setattr(packed_weights, "LEAST_ELEMENTS", 72 * 40 + 1)
     elif why == "no parameter":
@@ -215,6 +220,31 @@ def test_compiled_programs_hold_the_weight_itself(packs):
         layer.weight.data.neg_()
         torch.testing.assert_close(program(x) - layer.bias, layer.bias - want, rtol=1e-4, atol=1e-5)
     assert not packs
+
+
+def test_an_edit_while_it_is_packed_leaves_no_copy(packs, monkeypatch):
+    """As by a thread that swaps in an average and takes it out again."""
+    layer, x, pack = Linear(40, 72), torch.randn(9, 40), onednn.pack
+
+    def meanwhile(weight, rows):
+        weight.data.neg_()
+        packed = pack(weight, rows)
+        monkeypatch.setattr(onednn, "pack", pack)
+        return packed
+
+    monkeypatch.setattr(onednn, "pack", meanwhile)
+    with torch.no_grad():
+        layer(x)
+        layer.weight.data.neg_()
+        torch.testing.assert_close(layer(x), F.linear(x, layer.weight, layer.bias), rtol=1e-5, atol=1e-5)
+
+
+def test_a_recorded_program_packs_nothing(packs):
+    layer, x, other = Linear(40, 72, bias=False), torch.randn(9, 40), torch.randn(72, 40)
+    with torch.no_grad():
+        layer(x)
+        program = make_fx(lambda weight, x: torch.func.functional_call(layer, {"weight": weight}, (x,)))(layer.weight, x)
+        torch.testing.assert_close(program(other, x), x @ other.T, rtol=1e-4, atol=1e-4)
 
 
 # --- parts ----------------------------------------------------------------------------------------------------------
@@ -247,6 +277,55 @@ def test_gates_that_nobody_reads_do_not_matter(monkeypatch, segment, dtype):
         changed = model.forward_head(model.forward_features(pictures))
         assert not torch.allclose(changed.float(), want.float(), rtol=1e-2, atol=1e-2), "the last gate must matter"
         torch.testing.assert_close(model(pictures), changed, rtol=2e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-2)
+
+
+def whole(model, pictures):
+    """What the model says with every token of its last block."""
+    return model.forward_head(model.forward_features(pictures))
+
+
+def test_forward_derivatives_know_nothing_of_it(monkeypatch):
+    monkeypatch.setattr(importlib.import_module("vit_linearizer.models.linear"), "SEGMENT", 8)
+    model, pictures, along = small(depth=1), images(), torch.randn(2, 3, 64, 64)
+    with torch.no_grad(), forward_ad.dual_level():
+        dual = forward_ad.make_dual(pictures, along)
+        got, want = (forward_ad.unpack_dual(output).tangent for output in (model(dual), whole(model, dual)))
+    assert want.norm() > 0.1
+    torch.testing.assert_close(got, want)
+
+
+def test_a_bias_that_somebody_gave_it_counts():
+    model, pictures = small(depth=1), images()
+    in_proj = model.layers[0].mixer.in_proj
+    in_proj.bias = torch.nn.Parameter(torch.randn(in_proj.out_features))
+    with torch.no_grad():
+        torch.testing.assert_close(model(pictures), whole(model, pictures))
+
+
+class NoParts(torch.Tensor):
+    """A weight of a kind that cannot be cut, as quantised ones are."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        assert function is not torch.Tensor.__getitem__
+        return super().__torch_function__(function, types, args, kwargs)
+
+
+def test_weights_of_another_kind_stay_whole():
+    model, pictures = small(depth=1), images()
+    in_proj = model.layers[0].mixer.in_proj
+    in_proj.weight = torch.nn.Parameter(in_proj.weight.detach().as_subclass(NoParts), requires_grad=False)
+    with torch.no_grad():
+        torch.testing.assert_close(model(pictures), whole(model, pictures))
+
+
+def test_a_hook_on_all_modules_sees_the_first_layer():
+    model, pictures, seen = small(depth=1), images(), []
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(module))
+    with torch.no_grad():
+        model(pictures)
+    handle.remove()
+    assert model.layers[0].mixer.in_proj in seen
 
 
 def test_a_first_layer_that_somebody_replaced_is_still_called():

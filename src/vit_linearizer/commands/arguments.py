@@ -79,7 +79,7 @@ def architectures_of(models: Sequence[str], architectures: Sequence[str]) -> dic
     Raises:
         UserError: there are not as many of one as of the other.
     """
-    files = [name for name in models if Path(name).is_file()]
+    files = [name for name in dict.fromkeys(models) if Path(name).is_file()]
     if architectures and len(architectures) != len(files):
         remedy = f"there are {len(files)} weight files among the models; name one architecture for each, in their order"
         raise UserError("--models-arch", " ".join(architectures), remedy)

@@ -72,27 +72,26 @@ def distill(config: DistillConfig) -> Path:
         describe(route, recipes, tasks, source, len(train_numbers), per_process)
         return run.path
 
-    run.prepare(resume=config.resume, writes=accelerator.is_main_process)
-    skipped = SkippedList(run.skipped)
-    if accelerator.is_main_process:
-        for name, reason in source.skipped:
-            skipped.add(name, reason)
-    mask = None
-    if isinstance(last, DistillationRecipe) and last.objectives.mask_ratio > 0:
-        mask = MaskConfig(grid=route.grid, ratio=last.objectives.mask_ratio, masking=last.objectives.masking)
-    data = prepare_data(
-        source,
-        train_numbers,
-        held_out_numbers,
-        image_size=route.image_size,
-        views=last.views,
-        mask=mask,
-        seed=config.seed,
-        batch_size=per_process,
-        num_workers=choose_workers(config, accelerator.device),
-        skipped=skipped,
-    )
-    with run.logging_to_file():
+    with run.opened(resume=config.resume, writes=accelerator.is_main_process):
+        skipped = SkippedList(run.skipped)
+        if accelerator.is_main_process:
+            for name, reason in source.skipped:
+                skipped.add(name, reason)
+        mask = None
+        if isinstance(last, DistillationRecipe) and last.objectives.mask_ratio > 0:
+            mask = MaskConfig(grid=route.grid, ratio=last.objectives.mask_ratio, masking=last.objectives.masking)
+        data = prepare_data(
+            source,
+            train_numbers,
+            held_out_numbers,
+            image_size=route.image_size,
+            views=last.views,
+            mask=mask,
+            seed=config.seed,
+            batch_size=per_process,
+            num_workers=choose_workers(config, accelerator.device),
+            skipped=skipped,
+        )
         logger.info("%s -> %s on %d images (%d held out, %d skipped), %s", config.teacher, route.student_name,
                     len(train_numbers), len(held_out_numbers), len(source.skipped), accelerator.device)  # fmt: skip
         stages = [Stage(name=name, task=task, optimisation=recipes[name].optimisation) for name, task in tasks.items()]

@@ -87,6 +87,8 @@ class EvaluateConfig:
             raise UserError(
                 "--metrics", " ".join(self.metrics or ()), "with --dataset (segmentation runs) the metric is miou"
             )
+        if self.dataset is not None and self.models_arch:
+            raise UserError("--models-arch", " ".join(self.models_arch), "with --dataset the models are runs of segment")
         if self.dataset is None and "miou" in (self.metrics or ()):
             raise UserError("--metrics", "miou", "is for segmentation runs; say what the data are by --dataset")
         if self.metrics and "fidelity" in self.metrics and self.teacher is None:

@@ -130,26 +130,25 @@ def finetune(config: FinetuneConfig) -> Path:
         _describe(task, recipe, data, image_size, len(training), len(held_out))
         return run.path
 
-    run.prepare(resume=config.resume, writes=accelerator.is_main_process)
-    skipped = SkippedList(run.skipped)
-    if accelerator.is_main_process:
-        for source in {id(source): source for source in (data.training, held_out_source)}.values():
-            for file, reason in source.skipped:
-                skipped.add(file, reason)
-    view = TrainingView(image_size, recipe.views, None, seed=config.seed)
-    workers = choose_workers(config, accelerator.device)
-    centre = CentreSet(held_out_source, own_share(held_out), image_size, skipped=skipped)
-    loaded = TrainingData(
-        training=TrainingSet(data.training, training, view, skipped),
-        repeats=recipe.views.repeats,
-        held_out=centre_loader(centre, batch_size=_EVALUATION_BATCH, num_workers=workers),
-        bank=None,
-        colours_in_loader=recipe.views.colours_in_loader,
-    )
-    steps = total_steps(recipe.optimisation, len(training))
-    if steps < _FEW_STEPS and name.startswith("finetune_"):
-        logger.warning("%d steps in all, by a recipe for a million pictures: a smaller --batch-size gives more", steps)
-    with run.logging_to_file():
+    with run.opened(resume=config.resume, writes=accelerator.is_main_process):
+        skipped = SkippedList(run.skipped)
+        if accelerator.is_main_process:
+            for source in {id(source): source for source in (data.training, held_out_source)}.values():
+                for file, reason in source.skipped:
+                    skipped.add(file, reason)
+        view = TrainingView(image_size, recipe.views, None, seed=config.seed)
+        workers = choose_workers(config, accelerator.device)
+        centre = CentreSet(held_out_source, own_share(held_out), image_size, skipped=skipped)
+        loaded = TrainingData(
+            training=TrainingSet(data.training, training, view, skipped),
+            repeats=recipe.views.repeats,
+            held_out=centre_loader(centre, batch_size=_EVALUATION_BATCH, num_workers=workers),
+            bank=None,
+            colours_in_loader=recipe.views.colours_in_loader,
+        )
+        steps = total_steps(recipe.optimisation, len(training))
+        if steps < _FEW_STEPS and name.startswith("finetune_"):
+            logger.warning("%d steps in all, by a recipe for a million pictures: a smaller --batch-size gives more", steps)
         logger.info("%s on %d images of %d classes (%d held out), %s", config.model, len(training), len(data.classes),
                     len(held_out), accelerator.device)  # fmt: skip
         stage = Stage(name="fine-tuning", task=task, optimisation=recipe.optimisation)

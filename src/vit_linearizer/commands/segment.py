@@ -167,25 +167,24 @@ def segment(config: SegmentConfig) -> Path:
         logger.info("recipe   %s", ", ".join(f"{name} {value}" for name, value in recipe.flat().items()))
         return run.path
 
-    run.prepare(resume=config.resume, writes=accelerator.is_main_process)
-    skipped = SkippedList(run.skipped)
-    if accelerator.is_main_process:
-        for file, reason in (*training.skipped, *held_out.skipped):
-            skipped.add(file, reason)
-    view = SegmentationView(crop, recipe.views, resize=training.resize, seed=config.seed)
-    judged_on = SegmentationEvaluationSet(held_out, crop, skipped)
-    workers = choose_workers(config, accelerator.device)
-    loaded = TrainingData(
-        training=SegmentationTrainingSet(training, view, skipped),
-        repeats=1,
-        held_out=evaluation_loader(
-            Subset(judged_on, own_share(range(len(judged_on))).tolist()),
-            batch_size=optimisation.batch_size // parts,
-            num_workers=workers,
-        ),
-        bank=None,
-    )
-    with run.logging_to_file():
+    with run.opened(resume=config.resume, writes=accelerator.is_main_process):
+        skipped = SkippedList(run.skipped)
+        if accelerator.is_main_process:
+            for file, reason in (*training.skipped, *held_out.skipped):
+                skipped.add(file, reason)
+        view = SegmentationView(crop, recipe.views, resize=training.resize, seed=config.seed)
+        judged_on = SegmentationEvaluationSet(held_out, crop, skipped)
+        workers = choose_workers(config, accelerator.device)
+        loaded = TrainingData(
+            training=SegmentationTrainingSet(training, view, skipped),
+            repeats=1,
+            held_out=evaluation_loader(
+                Subset(judged_on, own_share(range(len(judged_on))).tolist()),
+                batch_size=optimisation.batch_size // parts,
+                num_workers=workers,
+            ),
+            bank=None,
+        )
         logger.info("%s on %d images of %d classes (%d held out, %d skipped), %s", config.model, len(training),
                     len(training.classes), len(held_out), len(training.skipped) + len(held_out.skipped),
                     accelerator.device)  # fmt: skip

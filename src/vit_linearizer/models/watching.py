@@ -6,7 +6,12 @@ from torch.nn.modules import module as _modules
 
 def all_are_watched() -> bool:
     """Whether there is a hook on every module there is, as counters and profilers have it."""
-    return bool(_modules._global_forward_hooks or _modules._global_forward_pre_hooks)
+    return bool(
+        _modules._global_forward_hooks
+        or _modules._global_forward_pre_hooks
+        or _modules._global_backward_hooks
+        or _modules._global_backward_pre_hooks
+    )
 
 
 def is_watched(module: nn.Module) -> bool:

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
+from filelock import FileLock, SoftFileLock, Timeout
 
 from ..contracts import UserError
 from ..models.loading import recover_model_folder
@@ -28,7 +28,7 @@ NOT_COMPARED = ("out", "resume", "num_workers", "device", "debug", "dry_run")
 
 
 class RunFolder:
-    """The folder of one run. Made in two steps: looking at it first, writing to it once all else has been checked.
+    """The folder of one run. Made in two steps: looking at it first, opening it once all else has been checked.
 
     Args:
         path: where; need not exist.
@@ -44,25 +44,30 @@ class RunFolder:
         self.config = json.loads(json.dumps(config))
         self._refuse_other_configuration()
 
-    def prepare(self, *, resume: str, writes: bool = True) -> None:
-        """Create the folder and its ``config.json``, and keep other runs out of it until `logging_to_file` ends.
+    @contextlib.contextmanager
+    def opened(self, *, resume: str, writes: bool = True) -> Iterator[None]:
+        """Create the folder and its ``config.json``, and send the package's log to ``run.log`` too; other runs are kept out.
 
         Args:
             resume: ``auto`` keeps what is there, ``never`` removes this configuration's earlier results.
             writes: False in every process but the first.
 
         Raises:
-            UserError: another run is writing there.
+            UserError: another run is writing there, or has written another configuration meanwhile.
         """
         self.writes = writes
         if not writes:
+            yield
             return
         self.checkpoints.mkdir(parents=True, exist_ok=True)
-        self._keep_others_out()
-        recover_model_folder(self.model)
-        if resume == "never":
-            self._start_over()
-        write_atomically(self.path / "config.json", json.dumps(self.config, indent=2) + "\n")
+        with self._others_kept_out():
+            self._refuse_other_configuration()
+            recover_model_folder(self.model)
+            if resume == "never":
+                self._start_over()
+            write_atomically(self.path / "config.json", json.dumps(self.config, indent=2) + "\n")
+            with self._logging_to_file():
+                yield
 
     @property
     def checkpoints(self) -> Path:
@@ -98,16 +103,26 @@ class RunFolder:
             shown = ", ".join(f"{key} ({there.get(key)} there, {here.get(key)} here)" for key in different[:8])
             raise UserError("--out", self.path, f"holds a run of another configuration: {shown}; use another folder")
 
-    def _keep_others_out(self) -> None:
+    @contextlib.contextmanager
+    def _others_kept_out(self) -> Iterator[None]:
         """A lock that the system takes back when this process ends, however it ends."""
-        self.lock = FileLock(self.path / ".lock")
+        lock = FileLock(self.path / ".lock")
         try:
-            self.lock.acquire(timeout=0)
+            lock.acquire(timeout=0)
         except Timeout as error:
-            remedy = "another run is writing there now; wait until it ends, or use another folder"
-            raise UserError("--out", self.path, remedy) from error
-        except NotImplementedError:
+            if not isinstance(lock, SoftFileLock):
+                remedy = "another run is writing there now; wait until it ends, or use another folder"
+                raise UserError("--out", self.path, remedy) from error
+        except (NotImplementedError, OSError) as error:
+            logger.warning("%s cannot be locked (%s): start no second run there", self.path, error)
+        # On file systems without locks filelock leaves a file instead, which a kill would leave for ever.
+        if isinstance(lock, SoftFileLock):
+            lock.release()
             logger.warning("%s lies on a file system without locks: start no second run there", self.path)
+        try:
+            yield
+        finally:
+            lock.release()
 
     def _start_over(self) -> None:
         for folder in (self.checkpoints, self.model, self.path / "tensorboard"):
@@ -143,11 +158,7 @@ class RunFolder:
         return json.loads((self.path / "evaluation.json").read_text())
 
     @contextlib.contextmanager
-    def logging_to_file(self) -> Iterator[None]:
-        """Send the package's log to ``run.log`` too; behind it the folder is free for the next run."""
-        if not self.writes:
-            yield
-            return
+    def _logging_to_file(self) -> Iterator[None]:
         handler = logging.FileHandler(self.path / "run.log", encoding="utf-8")
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         logger.addHandler(handler)
@@ -156,7 +167,6 @@ class RunFolder:
         finally:
             logger.removeHandler(handler)
             handler.close()
-            self.lock.release()
 
 
 class MetricsWriter:
