@@ -15,7 +15,7 @@ import torch
 from vit_linearizer import DistillConfig, ExportConfig, UserError, distill, export
 from vit_linearizer.cli import main
 from vit_linearizer.exporting import parity
-from vit_linearizer.exporting.model_card import Origin, write_card
+from vit_linearizer.exporting.model_card import Origin, find_origin, write_card
 from vit_linearizer.models.loading import load, save_model_folder
 
 SUFFIXES = {"onnx": ".onnx", "torch-export": ".pt2"}
@@ -74,6 +74,17 @@ def test_the_card_of_a_run_says_where_it_comes_from(run_folder, small_teacher, p
     assert "license:" not in card
     for place in (run_folder.parent, small_teacher, photos, tmp_path):
         assert str(place) not in card + config
+
+
+def test_the_card_of_a_fine_tuned_student_names_the_teacher_too(run_folder, source, tmp_path):
+    tuned = tmp_path / "tuned"
+    tuned.mkdir()
+    (tuned / "metrics.jsonl").touch()
+    (tuned / "config.json").write_text(json.dumps({"command": "finetune", "model": str(run_folder)}))
+    (tuned / "evaluation.json").write_text(json.dumps({"top1": 90.0, "evaluate": [{"data": "/home/me"}]}))
+    card = write_card(find_origin(str(tuned)), load(source))
+    assert "distilled without labels from `model` and then trained on labels, with vit-linearizer" in card
+    assert "| top1 | 90 |" in card and "/home/me" not in card
 
 
 @pytest.mark.parametrize("prefix", ["", "local-dir:"])

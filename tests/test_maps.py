@@ -146,6 +146,9 @@ def test_the_class_token_is_asked_where_all_have_one(vit, student, image):
     plain = without_class_token()
     assert (common_query([vit, student]), common_query([vit, plain])) == ("class", "mean")
     assert map_panels({"vit": vit, "plain": plain}, image, stages=1).query == "mean"
+    distilled = copy.deepcopy(student)
+    distilled.reset_classifier(0, "avg")
+    assert common_query([vit, distilled]) == "mean", "nothing has trained its class token"
     with pytest.raises(UserError, match=r"^query class: plain has no class token; use mean or a point$"):
         map_panels({"vit": vit, "plain": plain}, image, "class", 1)
 

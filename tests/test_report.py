@@ -207,6 +207,7 @@ def test_a_good_run_gets_good_news_and_no_warning(tmp_path):
         ("knn falling", [held_out(step, knn=knn) for step, knn in ((0, 60.0), (200, 95.0), (400, 70.0))], {}),
         ("score falling", [held_out(step, top1=top1) for step, top1 in ((0, 10.0), (200, 95.0), (400, 70.0))], {}),
         ("agreement falling", [held_out(0, agreement_stage1=0.8), held_out(400, agreement_stage1=0.7)], {}),
+        ("agreement falling", [held_out(0, agreement_stage1=0.98), held_out(400, agreement_stage1=0.976)], {}),
         ("attention stuck", [held_out(0, attention_error_block2=1.5), held_out(400, attention_error_block2=0.95)], {}),
         ("data wait", [train(400, loss=1.0) | {"data_wait": 0.11}], {}),
         ("random teacher", None, {"teacher_pretrained": False}),
@@ -296,6 +297,21 @@ def test_findings_of_one_rule_and_remedy_are_told_together(tmp_path):
 
 
 # --- the answer
+
+
+def test_features_that_moved_away_are_called_so(tmp_path):
+    lines = [held_out(0, loss=0.55, final_cosine=0.95), held_out(400, loss=0.4, final_cosine=0.92)]
+    write_run(tmp_path / "student", lines, teacher="teach.pth", teacher_arch="vit_tiny_patch16_224")
+    records = read_records([tmp_path])
+    (run,) = subjects(records)
+    assert "further from the teacher's than at the start (cosine 0.950 to 0.920)" in did_it_work(run, records).says
+    close = how_close(run, records, score_tables(records))
+    assert close.grade == "partly"
+    assert (
+        "teach.pth --models-arch vit_tiny_patch16_224 --teacher-arch vit_tiny_patch16_224 --teacher teach.pth"
+        in close.command
+    )
+    assert "--models vit_tiny_patch16_224 " in is_it_faster(run, records).command
 
 
 def test_the_answer_of_a_run_that_worked(tmp_path):

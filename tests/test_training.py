@@ -252,6 +252,12 @@ def test_another_configuration_is_refused_by_name(small_run) -> None:
     distill(small_run(num_workers=1, debug=True))  # where it runs is no part of what it is
 
 
+def test_the_folder_of_the_images_is_no_place_for_a_run(small_run, photos: Path) -> None:
+    with pytest.raises(UserError, match=r"^--out .*is the folder of the images \(--data\); give another$"):
+        distill(small_run(out=str(photos)))
+    assert not (photos / "model").exists()
+
+
 def test_two_runs_at_once_do_not_share_a_folder(small_run, monkeypatch: pytest.MonkeyPatch) -> None:
     config = small_run()
     evaluate, refused = Distillation.evaluate, []

@@ -38,7 +38,7 @@ class MapsConfig:
         image_size: 224 or HEIGHTxWIDTH, of the first model; the others see the size where they have as many patches. By
             default the first model's nominal size.
         query: whose map: the class token, the mean patch token, or the patch under --point. By default the class token
-            where all models have one, else the mean.
+            where all models have one and none answers with its mean patch token, else the mean.
         point: x,y in pixels of the pictures as they lie on disk (upright), from the upper left corner.
         stages: into how many each model is cut.
         at: which of them to show, from 1; by default all.
@@ -115,7 +115,7 @@ def maps(config: MapsConfig) -> list[Path]:
     models = {model.name: model.open().to(device) for model in shown}
     view, written, started, waited = centre_transform(size), [], time.perf_counter(), 0.0
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
-    with ProgressLine("drawing", first=0, total=len(targets), unit="image") as line, termination_as_interrupt():
+    with ProgressLine("drawing", first=0, total=len(targets), unit="image", hint="") as line, termination_as_interrupt():
         for done, (picture, file) in enumerate(targets, start=1):
             asked = time.perf_counter()
             try:

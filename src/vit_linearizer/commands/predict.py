@@ -159,7 +159,7 @@ def _answer_all(
 ) -> None:
     """All pictures, a batch at a time, into ``found`` by name, with progress."""
     started, waited = time.perf_counter(), 0.0
-    with ProgressLine("predicting", first=0, total=len(pictures), unit="image") as line:
+    with ProgressLine("predicting", first=0, total=len(pictures), unit="image", hint="") as line:
         for first in range(0, len(pictures), batch_size):
             batch = pictures[first : first + batch_size]
             asked = time.perf_counter()

@@ -91,6 +91,9 @@ def find_origin(model: str, *, random: bool = False) -> Origin:
         settings = json.loads((run / "config.json").read_text(encoding="utf-8"))
     if (run / "evaluation.json").exists():
         figures = json.loads((run / "evaluation.json").read_text(encoding="utf-8"))
+    if settings.get("teacher") is None and isinstance(settings.get("model"), str):  # trained on from another run
+        before = find_origin(settings["model"]).settings
+        settings |= {name: before[name] for name in ("teacher", "teacher_arch", "teacher_pretrained") if name in before}
     return Origin(name=run.resolve().name, settings=settings, figures=figures)
 
 
@@ -126,10 +129,11 @@ def write_card(origin: Origin, model: nn.Module, program: Mapping[str, str] | No
     shown = {name: origin.settings[name] for name in _SETTINGS if origin.settings.get(name) is not None}
     if shown:
         sections.append("## How it was trained\n\n" + _table(("setting", "value"), shown))
-    if origin.figures:
+    figures = {name: value for name, value in origin.figures.items() if isinstance(value, int | float | str)}
+    if figures:
         sections.append(
             "## Figures\n\nOn held-out images of the run; `docs/metrics.md` of vit-linearizer says what each means.\n\n"
-            + _table(("metric", "value"), origin.figures)
+            + _table(("metric", "value"), figures)
         )
     sections.append("## Program\n\n" + _table(("", ""), program) if program else _use())
     return "\n".join(sections)
@@ -139,7 +143,8 @@ def _about(origin: Origin) -> str:
     if origin.teacher_is_random:
         return f"A trial, distilled with vit-linearizer from a `{origin.teacher}` with **random weights**: it knows nothing."
     if origin.teacher:
-        return f"A linear-time vision backbone, distilled without labels from `{origin.teacher}` with vit-linearizer."
+        then = " and then trained on labels," if origin.settings.get("command") in ("finetune", "segment") else ""
+        return f"A linear-time vision backbone, distilled without labels from `{origin.teacher}`{then} with vit-linearizer."
     return "A vision model, exported with vit-linearizer" + (", with **random weights**." if origin.random else ".")
 
 

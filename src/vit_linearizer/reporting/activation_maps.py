@@ -76,8 +76,13 @@ def has_class_token(model: nn.Module) -> bool:
 
 
 def common_query(models: Iterable[nn.Module]) -> Literal["class", "mean"]:
-    """The class token where all models have one, else the mean patch token."""
-    return "class" if all(has_class_token(model) for model in models) else "mean"
+    """The class token where all models have one, else the mean patch token.
+
+    A model that answers with its mean patch token has a class token that need not mean anything: distillation of an
+    Adventurer trains none.
+    """
+    answers = (has_class_token(model) and getattr(model, "global_pool", None) != "avg" for model in models)
+    return "class" if all(answers) else "mean"
 
 
 @torch.no_grad()

@@ -67,7 +67,11 @@ def did_it_work(run: RunRecord, records: Records) -> Answer:
     fallen = losses[-1] < _CLEARLY_FALLEN * losses[0]
     says = f"On images kept out of training, the loss went from {plain(losses[0])} to {plain(losses[-1])}"
     if closed is not None:
-        says += f", and {percent(max(0.0, closed))} of the distance between its features and the teacher's is gone"
+        gone = f"{percent(closed)} of the distance between its features and the teacher's is gone"
+        away = (
+            f"its features are further from the teacher's than at the start (cosine {cosines[0]:.3f} to {cosines[-1]:.3f})"
+        )
+        says += f", and {gone if closed >= 0 else away}"
     says += "." + _by_labels(run, records)
     if run.state != "finished" and run.state != "unknown":
         says = f"So far (step {run.steps}{f' of about {run.planned_steps}' if run.planned_steps else ''}): {says}"
@@ -135,6 +139,8 @@ def how_close(run: RunRecord, records: Records, tables: Sequence[ScoreTable]) ->
     verdict = "Not measured."
     if cosines:
         grade = "good" if cosines[-1] >= 0.9 else "partly" if cosines[-1] >= 0.7 else "bad"
+        if cosines[-1] < cosines[0]:
+            grade = "bad" if grade == "bad" else "partly"
         verdict = f"{cosines[-1]:.3f} of 1."
         start = f"; the start was {cosines[0]:.3f}" if len(cosines) > 1 else ""
         says = f"So well can the teacher's features be read from the student's (1 is perfectly{start})."
@@ -145,9 +151,10 @@ def how_close(run: RunRecord, records: Records, tables: Sequence[ScoreTable]) ->
         grade = "good" if worst >= -1 else "partly" if worst >= -_RISEN else "bad"
     if not cosines and not parts:
         says = "No fidelity was found in this run's metrics."
-    command = (
-        "" if parts else _shell("vit-linearizer evaluate --models", run.path, teacher, "--teacher", teacher, "--data FOLDER")
-    )
+    architecture = run.config.get("teacher_arch")
+    named = ("--models-arch", architecture, "--teacher-arch", architecture) if architecture else ()
+    command = _shell("vit-linearizer evaluate --models", run.path, teacher, *named, "--teacher", teacher, "--data FOLDER")
+    command = "" if parts else command
     if not parts:
         says += " Accuracies of student and teacher on labelled images were not measured:"
     return Answer(about=run.name, grade=grade, verdict=verdict, says=says, command=command)
@@ -167,7 +174,7 @@ def is_it_faster(run: RunRecord, records: Records) -> Answer:
         for summary in benchmark.summaries:
             if records.identity(summary["model"], benchmark) == ours and summary["crossover"] is not None:
                 return _in_words(run, summary, benchmark, records)
-    first = run.config.get("teacher")
+    first = run.config.get("teacher_arch") or run.config.get("teacher")
     command = _shell(
         "vit-linearizer benchmark --models", *([first] if isinstance(first, str) else []), run.path, "--out", run.path
     )

@@ -20,7 +20,7 @@ _FALLEN = 0.98
 #: A loss so far above its lowest, or an accuracy so many points below its highest, has turned.
 _RISEN, _POINTS = 1.05, 2.0
 _DATA_WAIT = 0.10
-_AGREEMENT = 0.01
+_AGREEMENT, _GAP = 0.01, 0.05
 _FEW_HELD_OUT = 20
 _FEW_STEPS = 100
 _NOISE = 0.15
@@ -182,7 +182,8 @@ def _of_agreement(run: RunRecord) -> Iterator[Finding]:
         values = [value for _, value in run.series("held_out", key)]
         if len(values) > 1:
             moved = f"stage {key.removeprefix('agreement_stage')} from {values[0]:.3f} to {values[-1]:.3f}"
-            (fallen if values[-1] < values[0] - _AGREEMENT else risen).append(moved)
+            slack = min(_AGREEMENT, _GAP * (1 - values[0]))  # of agreements that start near 1 the gap counts
+            (fallen if values[-1] < values[0] - slack else risen).append(moved)
     final = [value for _, value in run.series("held_out", "final_cosine")]
     if fallen:
         closer = len(final) > 1 and final[-1] > final[0]

@@ -47,7 +47,7 @@ class ProgressLine:
         total: steps of the whole run.
         shown: False in every process but the first.
         unit: what is counted.
-        hint: what to try when the loop waits for data.
+        hint: what to try when the loop waits for data; nothing where it is empty.
     """
 
     def __init__(
@@ -89,8 +89,8 @@ class ProgressLine:
             return
         detail = f"{images_per_second:.{0 if images_per_second >= 10 else 1}f} img/s  data wait {data_wait:.0%}"
         if loss is not None:
-            detail = f"loss {loss:.4f}  {detail}"
-        if data_wait > _WAIT_WORTH_A_HINT:
+            detail = f"loss {loss:.4g}  {detail}"
+        if self.hint and data_wait > _WAIT_WORTH_A_HINT:
             detail += f" (try {self.hint})"
         if self.live is not None:
             self.live.update(self.bar, completed=done, detail=detail)

@@ -68,6 +68,9 @@ class RunFolder:
             write_atomically(self.path / "config.json", json.dumps(self.config, indent=2) + "\n")
             with self._logging_to_file():
                 yield
+                if self.skipped.exists():
+                    count = len(self.skipped.read_text(encoding="utf-8").splitlines())
+                    logger.info("%d files were passed over: %s", count, self.skipped)
 
     @property
     def checkpoints(self) -> Path:
@@ -87,6 +90,8 @@ class RunFolder:
 
     def _refuse_other_configuration(self) -> None:
         file = self.path / "config.json"
+        if self.config.get("data") == str(self.path.resolve()):
+            raise UserError("--out", self.path, "is the folder of the images (--data); give another")
         if self.path.exists() and not self.path.is_dir():
             raise UserError("--out", self.path, "is a file; give a folder")
         if not file.exists():
